@@ -1,0 +1,82 @@
+"""What any store must do. Not how one is chosen from a URL: see stores/__init__.py.
+
+A store maps keys (slash-separated ASCII) to immutable objects. All calls are coroutines of one
+asyncio loop; a store may be used from that loop only. Every call ends in bounded time, by its
+answer or by one of the errors of `objectcache.errors`; retries happen inside.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class StoreCounters:
+    """What a store asked of its server and moved, for metrics and for the bill. Retries count."""
+
+    get_requests: int = 0
+    put_requests: int = 0
+    head_requests: int = 0
+    list_requests: int = 0
+    delete_requests: int = 0
+    read_bytes: int = 0  # body bytes received, whether they were of use or not
+    written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
+
+
+class Store(ABC):
+    """An object store. `name` is its URL, safe to print (never a secret in it)."""
+
+    name: str
+    counters: StoreCounters
+
+    @abstractmethod
+    async def head(self, key: str) -> int:
+        """Size of the object in bytes. Raises NotFound, Denied, Unavailable."""
+
+    @abstractmethod
+    async def read(
+        self,
+        key: str,
+        into: memoryview,
+        *,
+        start: int | None = None,
+        landed: Callable[[int], None] | None = None,
+    ) -> None:
+        """Fill `into` with bytes of the object, in order.
+
+        With `start`, the range [start, start + len(into)); without, the whole object, which must be
+        len(into) bytes long: any other length raises Corrupt, before or after the body is read.
+        `landed(n)` is called on the loop, n never falling, whenever into[:n] is final; the last call
+        has n == len(into). If a retry happens it goes on where the body stopped or starts
+        over, but bytes that `landed` announced are not written again. An exception from `landed` ends
+        the read and is passed on.
+        Raises NotFound, Corrupt (length, range outside the object), Denied, Unavailable.
+        """
+
+    @abstractmethod
+    async def write(self, key: str, body: memoryview) -> bool:
+        """Store the object unless the key exists already (If-None-Match: *).
+
+        True if it was created, False if it was there before; an object is never seen in part and
+        never replaced. `body` must not change until the call returns. Raises Denied, Unavailable.
+        """
+
+    @abstractmethod
+    async def delete(self, key: str) -> None:
+        """Remove the object; removing what is not there is no error."""
+
+    @abstractmethod
+    def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
+        """All (key, size in bytes) whose key starts with `prefix`, in key order."""
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Ask once whether this store can be used at all.
+
+        Raises Denied (credentials, permissions), Unavailable (unreachable), Misconfigured (no such
+        bucket, wrong region), each with a hint for the operator.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Give back connections and files. The store is not usable afterwards. Idempotent."""
