@@ -1,0 +1,161 @@
+"""Where bytes are in an object, and whether they are right: header, layer table, checksums. Not what an object is called: see keys.py.
+
+docs/FORMAT.md describes version 1; tests/golden/ holds frozen objects. Nothing else in this
+package computes an offset. All integers are little-endian.
+"""
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import xxhash
+
+from objectcache.errors import Corrupt
+
+MAGIC = b"OBJCACHE"
+VERSION = 1
+CHECKSUM_XXH3_128 = 1
+HEADER_ALIGN_BYTES = 4096  # so that the first slice is page-aligned in a page-aligned buffer
+
+_FIXED = struct.Struct("<8sHHIQIIIIII32s32s16s")
+_ENTRY = struct.Struct("<QQ16s")
+_CHECKSUM_OFFSET = _FIXED.size - 16
+_NO_CHECKSUM = bytes(16)
+
+
+def checksum(data: bytes | memoryview) -> bytes:
+    """XXH3-128 of `data`, 16 bytes, big-endian as the algorithm's canonical form has it."""
+    return xxhash.xxh3_128_digest(data)
+
+
+@dataclass(frozen=True)
+class ObjectLayout:
+    """The shape that all objects of one engine's rank share.
+
+    `slice_bytes[l]` is the size of layer l's run: chunk_tokens / block_tokens pages, one after the
+    other, each as vLLM holds it.
+    """
+
+    namespace_digest: bytes
+    chunk_tokens: int
+    block_tokens: int
+    shard: int
+    shards: int
+    slice_bytes: tuple[int, ...]
+
+    @property
+    def chunk_blocks(self) -> int:
+        return self.chunk_tokens // self.block_tokens
+
+    @cached_property
+    def header_bytes(self) -> int:
+        used = _FIXED.size + _ENTRY.size * len(self.slice_bytes)
+        return -(-used // HEADER_ALIGN_BYTES) * HEADER_ALIGN_BYTES
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """First byte of each layer's slice."""
+        first, offsets = self.header_bytes, []
+        for size in self.slice_bytes:
+            offsets.append(first)
+            first += size
+        return tuple(offsets)
+
+    @cached_property
+    def object_bytes(self) -> int:
+        return self.header_bytes + sum(self.slice_bytes)
+
+    def slice_of(self, layer: int) -> slice:
+        """The byte range of one layer."""
+        return slice(self.offsets[layer], self.offsets[layer] + self.slice_bytes[layer])
+
+    def seal(self, buffer: memoryview, chunk_hash: bytes) -> None:
+        """Write the header for the slices that `buffer` (object_bytes long) holds already."""
+        sums = [checksum(buffer[self.slice_of(layer)]) for layer in range(len(self.slice_bytes))]
+        buffer[: self.header_bytes] = self.header(chunk_hash, sums)
+
+    def header(self, chunk_hash: bytes, sums: Sequence[bytes]) -> bytes:
+        """The header bytes for slices with these checksums."""
+        fixed = _FIXED.pack(
+            MAGIC,
+            VERSION,
+            CHECKSUM_XXH3_128,
+            self.header_bytes,
+            self.object_bytes,
+            len(self.slice_bytes),
+            self.chunk_tokens,
+            self.block_tokens,
+            self.shard,
+            self.shards,
+            0,
+            self.namespace_digest,
+            chunk_hash,
+            _NO_CHECKSUM,
+        )
+        table = b"".join(map(_ENTRY.pack, self.offsets, self.slice_bytes, sums))
+        header = bytearray((fixed + table).ljust(self.header_bytes, b"\0"))
+        header[_CHECKSUM_OFFSET : _FIXED.size] = checksum(bytes(header))
+        return bytes(header)
+
+    def expected_sums(self, header: memoryview, chunk_hash: bytes) -> list[bytes]:
+        """The slices' checksums from a header, which must be exactly that of this chunk. Raises Corrupt."""
+        sums = [
+            _ENTRY.unpack_from(header, _FIXED.size + _ENTRY.size * layer)[2]
+            for layer in range(len(self.slice_bytes))
+        ]
+        if self.header(chunk_hash, sums) != header:
+            raise Corrupt(f"The header is not that of chunk {chunk_hash.hex()[:16]}: {_why(header)}.")
+        return sums
+
+
+def _why(header: memoryview) -> str:
+    """Why a header that differs from the expected one does so, for people."""
+    if bytes(header[:8]) != MAGIC:
+        return "it is not an object of objectcache"
+    version = struct.unpack_from("<H", header, 8)[0]
+    if version != VERSION:
+        return f"it has format version {version}, this reads {VERSION}"
+    found = bytearray(header)
+    found[_CHECKSUM_OFFSET : _FIXED.size] = _NO_CHECKSUM
+    if checksum(bytes(found)) != bytes(header[_CHECKSUM_OFFSET : _FIXED.size]):
+        return "its checksum is wrong"
+    return "it belongs to another chunk, shard or namespace"
+
+
+class Verifier:
+    """Checks one object slice by slice while its bytes land, in order.
+
+    Call `landed(n)` whenever buffer[:n] is final. `verified_layers` says how many layers may be
+    used; it only grows. Raises Corrupt at the first byte run that is wrong.
+    """
+
+    def __init__(self, layout: ObjectLayout, chunk_hash: bytes, buffer: memoryview) -> None:
+        self.verified_layers = 0
+        self._layout = layout
+        self._chunk_hash = chunk_hash
+        self._buffer = buffer
+        self._sums: list[bytes] | None = None
+
+    @property
+    def complete(self) -> bool:
+        return self._sums is not None and self.verified_layers == len(self._layout.slice_bytes)
+
+    def landed(self, n: int) -> None:
+        layout = self._layout
+        if self._sums is None:
+            if n < layout.header_bytes:
+                return
+            self._sums = layout.expected_sums(
+                self._buffer[: layout.header_bytes], self._chunk_hash
+            )
+        while self.verified_layers < len(self._sums):
+            run = layout.slice_of(self.verified_layers)
+            if n < run.stop:
+                return
+            if checksum(self._buffer[run]) != self._sums[self.verified_layers]:
+                raise Corrupt(
+                    f"Layer {self.verified_layers} of chunk {self._chunk_hash.hex()[:16]} "
+                    "has a wrong checksum."
+                )
+            self.verified_layers += 1

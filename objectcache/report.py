@@ -1,0 +1,32 @@
+"""How a failure is told to people: once, then now and then with a count. Not what failed: see errors.py."""
+
+import logging
+import time
+
+from objectcache.errors import ObjectCacheError
+
+REPEAT_S = 60.0
+
+log = logging.getLogger("vllm.objectcache")  # below "vllm", the only logger that has a handler there
+
+
+class Reporter:
+    """Warns at the first failure of a kind, then at most once a minute with how many there were."""
+
+    def __init__(self, logger: logging.Logger = log) -> None:
+        self._log = logger
+        self._said: dict[str, tuple[float, int]] = {}
+
+    def warn(self, doing: str, error: ObjectCacheError) -> None:
+        """`doing` says what was tried: "look up chunks". One line, with the hint."""
+        kind = f"{doing}/{type(error).__name__}"
+        now = time.monotonic()
+        last, silent = self._said.get(kind, (-REPEAT_S, 0))
+        if now - last < REPEAT_S:
+            self._said[kind] = (last, silent + 1)
+            return
+        self._said[kind] = (now, 0)
+        more = f" ({silent} more since the last warning)" if silent else ""
+        self._log.warning(
+            "objectcache could not %s: %s Prompts are computed instead.%s", doing, error, more
+        )
