@@ -1,0 +1,161 @@
+"""What to tell vLLM's scheduler about one request, and when: wait, or so many tokens. Not who fetches them: see streamer.py.
+
+Pure: events and `now` (seconds, any monotonic clock) in, answers out. The life of a prefix:
+
+    LOOKUP --found--> FOUND --asked--> STAGING --staged--> READY --admitted--> OVER
+       \\________________\\________________\\___ timeout, nothing there, request gone ___/
+
+Tokens are promised only when their bytes lie verified in host memory, so that a promise cannot
+fail: whatever goes wrong before it costs a recompute and nothing else.
+"""
+
+import enum
+from dataclasses import dataclass, field
+
+STAGE_GRACE_S = 1.0  # the worker ends staging by itself; this covers a worker that does not answer
+
+
+class Phase(enum.Enum):
+    LOOKUP = "lookup"
+    FOUND = "found"
+    STAGING = "staging"
+    READY = "ready"
+    OVER = "over"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Bring chunks [first, first + count) of the prefix into host memory."""
+
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`tokens` is None for "ask me again"; `release` says that staged chunks are no longer wanted."""
+
+    tokens: int | None
+    stage: Stage | None = None
+    release: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """Copy staged blocks [first_block, first_block + blocks) of the job to the request's own blocks."""
+
+    first_block: int
+    blocks: int
+
+
+WAIT = Answer(None)
+NOTHING = Answer(0)
+
+
+@dataclass
+class Admission:
+    """One request's way to its prefix. `loadable_tokens` is what may be claimed at all."""
+
+    chunk_tokens: int
+    block_tokens: int
+    loadable_tokens: int
+    lookup_deadline: float
+    stage_timeout_s: float
+    phase: Phase = Phase.LOOKUP
+    admitted: bool = False
+    timed_out: bool = False
+    _found: int = 0
+    _deadline: float = field(default=0.0)
+    _first: int = 0
+    _staged: int = 0
+
+    def looked_up(self, chunks: int) -> None:
+        """The first `chunks` chunks of the prefix exist."""
+        if self.phase is Phase.LOOKUP:
+            self._found = chunks
+            self.phase = Phase.FOUND
+
+    def staged(self, chunks: int) -> None:
+        """The first `chunks` chunks of the job lie verified in host memory, on every rank."""
+        if self.phase is Phase.STAGING:
+            self._staged = chunks
+            self.phase = Phase.READY
+
+    def ask(self, local_tokens: int, now: float, may_stage: bool = True) -> Answer:
+        """vLLM has `local_tokens` (whole blocks) itself: how many more are there to load?
+
+        May be asked any number of times. With `may_stage` False nothing is fetched yet, because
+        another request is bringing the same chunk.
+        """
+        if self.phase is Phase.LOOKUP:
+            return self._over(timed_out=True) if now >= self.lookup_deadline else WAIT
+        if self.phase is Phase.FOUND:
+            return self._ask_found(local_tokens, now, may_stage)
+        if self.phase is Phase.STAGING:
+            late = now >= self._deadline + STAGE_GRACE_S
+            return self._over(release=True, timed_out=True) if late else WAIT
+        if self.phase is Phase.READY:
+            tokens = self._claim(local_tokens)
+            return Answer(tokens) if tokens > 0 else self._over(release=True)
+        return NOTHING
+
+    def allocated(self, tokens: int, local_tokens: int) -> tuple[Load | None, bool]:
+        """The request was admitted with `tokens` of ours after `local_tokens`.
+
+        Returns the load to do, and whether staged chunks are to be given back unused.
+        """
+        held = self.phase in (Phase.STAGING, Phase.READY)
+        ready = self.phase is Phase.READY
+        self.phase = Phase.OVER
+        self.admitted = True
+        if tokens == 0:
+            return None, held
+        assert ready and tokens <= self._end() - local_tokens, "vLLM admits more than was promised"
+        first_token = self._first * self.chunk_tokens
+        return (
+            Load(
+                (local_tokens - first_token) // self.block_tokens,
+                tokens // self.block_tokens,
+            ),
+            False,
+        )
+
+    def gone(self) -> bool:
+        """The request ended. Returns whether a job has to be given back."""
+        held = self.phase in (Phase.STAGING, Phase.READY)
+        self.phase = Phase.OVER
+        return held
+
+    def _ask_found(self, local_tokens: int, now: float, may_stage: bool) -> Answer:
+        end = min(self._found * self.chunk_tokens, self.loadable_tokens)
+        if end <= local_tokens:
+            return self._over()
+        if self._deadline == 0.0:
+            self._deadline = now + self.stage_timeout_s
+        if not may_stage and now < self._deadline:
+            return WAIT
+        self._first = local_tokens // self.chunk_tokens
+        count = -(-end // self.chunk_tokens) - self._first
+        self._deadline = now + self.stage_timeout_s
+        self.phase = Phase.STAGING
+        return Answer(None, Stage(self._first, count))
+
+    def _end(self) -> int:
+        """The token after the last one that is staged."""
+        return min((self._first + self._staged) * self.chunk_tokens, self.loadable_tokens)
+
+    def _claim(self, local_tokens: int) -> int:
+        """Tokens that continue what vLLM has; none if it lost blocks before our first chunk."""
+        if local_tokens < self._first * self.chunk_tokens:
+            return 0
+        return max(0, self._end() - local_tokens)
+
+    def _over(self, release: bool = False, timed_out: bool = False) -> Answer:
+        self.phase = Phase.OVER
+        self.timed_out = timed_out
+        return Answer(0, release=release)
+
+
+def loadable(prompt_tokens: int, block_tokens: int) -> int:
+    """Most tokens that may be claimed: whole blocks, and one token at least left to compute."""
+    return max(0, prompt_tokens - 1) // block_tokens * block_tokens

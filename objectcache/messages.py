@@ -1,0 +1,90 @@
+"""What crosses between the scheduler half and the worker half. Plain data, pickled by vLLM every step. No decisions."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+
+@dataclass(frozen=True)
+class StageCommand:
+    """Bring these chunks into host memory, in this order, and report how many came."""
+
+    job: int
+    chunk_hashes: list[bytes]
+
+
+@dataclass(frozen=True)
+class LoadCommand:
+    """Copy blocks [first_block, first_block + len(block_ids)) of a staged job to these pages, then release it."""
+
+    job: int
+    first_block: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
+class SaveCommand:
+    """Write the chunk that these pages hold after this step."""
+
+    chunk_hash: bytes
+    block_ids: list[int]
+
+
+@dataclass
+class StepCommands(KVConnectorMetadata):
+    """Scheduler to worker, once a step."""
+
+    namespace: tuple[str, bytes] = ("", b"")  # name and digest
+    stages: list[StageCommand] = field(default_factory=list)
+    releases: list[int] = field(default_factory=list)
+    loads: list[LoadCommand] = field(default_factory=list)
+    saves: list[SaveCommand] = field(default_factory=list)
+    forget: bool = False  # nothing is known any more to be in the store
+
+
+@dataclass(frozen=True)
+class Staged:
+    """`chunks` leading chunks of the job are verified in host memory; `error` is why not more, or ""."""
+
+    job: int
+    chunks: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """`outcome` is "written", "existed", "dropped" (no room) or "failed"."""
+
+    chunk_hash: bytes
+    outcome: str
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):
+    """Worker to scheduler, after a step. Reports of several ranks are joined; the scheduler counts."""
+
+    staged: list[Staged] = field(default_factory=list)
+    saved: list[Saved] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
+        assert isinstance(other, StepReport)
+        return StepReport(self.staged + other.staged, self.saved + other.saved)
+
+
+@dataclass
+class WorkerPlace(KVConnectorHandshakeMetadata):
+    """What only a worker knows, told once after its KV cache exists.
+
+    `facts` go into the namespace; `shard` of `shards` is the part of each chunk that it holds;
+    `error` is why it cannot take part, or "".
+    """
+
+    facts: dict[str, Any]
+    shard: int
+    shards: int
+    error: str = ""

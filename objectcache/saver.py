@@ -1,0 +1,84 @@
+"""The way out: a ring slot that holds a chunk's pages becomes a sealed object in the store. Not which chunks: the scheduler half says so.
+
+Behind the request: vLLM's blocks are free as soon as the pages were copied to the slot.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+
+from objectcache.breaker import Breaker
+from objectcache.errors import ObjectCacheError, Unavailable
+from objectcache.format import ObjectLayout
+from objectcache.loop import LoopThread
+from objectcache.ring import Ring
+from objectcache.stores.base import Store
+
+SPOILT_MAX = 10_000
+
+
+class Saver:
+    """`saved(chunk_hash, outcome, error)` is called on the loop, outcome as in messages.Saved."""
+
+    def __init__(
+        self,
+        loop: LoopThread,
+        store: Store,
+        layout: ObjectLayout,
+        ring: Ring,
+        slot_view: Callable[[int], memoryview],
+        saved: Callable[[bytes, str, ObjectCacheError | None], None],
+    ) -> None:
+        self._loop = loop
+        self._store = store
+        self._layout = layout
+        self._ring = ring
+        self._slot_view = slot_view
+        self._saved = saved
+        self._breaker = Breaker()
+        self._spoilt: OrderedDict[str, None] = OrderedDict()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def spoilt(self, key: str) -> None:
+        """The object at `key` is corrupt: the next save of it takes its place. On the loop."""
+        self._spoilt[key] = None
+        if len(self._spoilt) > SPOILT_MAX:
+            self._spoilt.popitem(last=False)
+
+    def save(self, key: str, chunk_hash: bytes, slot: int) -> None:
+        """Seal and upload a slot whose pages are final, then give the slot back. From any thread."""
+        self._loop.call(self._start, key, chunk_hash, slot)
+
+    async def drain(self) -> None:
+        """Wait for all uploads under way. On the loop; the caller bounds it."""
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+
+    def _start(self, key: str, chunk_hash: bytes, slot: int) -> None:
+        task = self._loop.spawn(self._upload(key, chunk_hash, slot))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _upload(self, key: str, chunk_hash: bytes, slot: int) -> None:
+        outcome, error = "failed", None
+        try:
+            if not self._breaker.allows(time.monotonic()):
+                outcome = "dropped"
+                return
+            view = self._slot_view(slot)[: self._layout.object_bytes]
+            self._layout.seal(view, chunk_hash)
+            if key in self._spoilt:
+                await self._store.delete(key)
+                del self._spoilt[key]
+            outcome = "written" if await self._store.write(key, view) else "existed"
+            self._breaker.succeeded()
+        except ObjectCacheError as failure:
+            error = failure
+            self._breaker.failed(time.monotonic())
+        except asyncio.CancelledError:
+            error = Unavailable("the engine stopped before the upload ended.")
+            raise
+        finally:
+            self._ring.release([slot])
+            self._saved(chunk_hash, outcome, error)
