@@ -11,9 +11,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from objectcache.errors import Corrupt, NotFound, ObjectCacheError, Unavailable
+from objectcache.errors import Corrupt, ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout, Verifier
 from objectcache.loop import LoopThread
+from objectcache.report import log
 from objectcache.ring import Ring
 from objectcache.stores.base import Store
 
@@ -25,6 +26,7 @@ class StageJob:
     job: int
     keys: list[str]
     chunk_hashes: list[bytes]
+    deadline: float = 0.0
     slots: list[int] = field(default_factory=list)
     cancelled: bool = False
     work: "asyncio.Task[None] | None" = None
@@ -76,13 +78,14 @@ class Streamer:
         self._loop.call(self._pump)
 
     def _admit(self, job: StageJob) -> None:
+        job.deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._jobs[job.job] = job
         self._waiting.append(job)
         job.work = self._loop.spawn(self._expire(job))
         self._pump()
 
     async def _expire(self, job: StageJob) -> None:
-        await asyncio.sleep(self._timeout_s)
+        await asyncio.sleep(self._timeout_s)  # cancelled when the job gets its slots
         self._waiting.remove(job)
         self._finish(job, 0, Unavailable("there was no room in the ring in time.", "raise ring_bytes."))
         self._pump()
@@ -118,7 +121,7 @@ class Streamer:
             for key, chunk_hash, slot in zip(job.keys, job.chunk_hashes, job.slots, strict=True)
         ]
         try:
-            await self._until_first_failure(reads)
+            await _until_first_failure(reads, job.deadline)
         except asyncio.CancelledError:
             pass  # by _cancel or by the end of the loop; either way the slots go back below
         finally:
@@ -128,17 +131,6 @@ class Streamer:
             outcomes = await asyncio.gather(*reads, return_exceptions=True)
             came, error = _leading(outcomes)
             self._finish(job, 0 if job.cancelled else came, error)
-
-    async def _until_first_failure(self, reads: "list[asyncio.Future[None]]") -> None:
-        """Wait for the reads in prefix order; a failure makes all later ones useless."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                for read in reads:
-                    await asyncio.wait([read])
-                    if read.exception() is not None:
-                        return
-        except TimeoutError:
-            return
 
     async def _read(self, key: str, chunk_hash: bytes, slot: int) -> None:
         view = self._slot_view(slot)[: self._layout.object_bytes]
@@ -155,6 +147,18 @@ class Streamer:
             self._pump()
 
 
+async def _until_first_failure(reads: "list[asyncio.Future[None]]", deadline: float) -> None:
+    """Wait for the reads in prefix order; a failure makes all later ones useless."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            for read in reads:
+                await asyncio.wait([read])
+                if read.cancelled() or read.exception() is not None:
+                    return
+    except TimeoutError:
+        return
+
+
 def _leading(outcomes: "list[None | BaseException]") -> tuple[int, ObjectCacheError | None]:
     """How many leading reads succeeded, and why the next one did not."""
     for count, outcome in enumerate(outcomes):
@@ -166,10 +170,7 @@ def _leading(outcomes: "list[None | BaseException]") -> tuple[int, ObjectCacheEr
             return count, Unavailable(
                 "the chunks did not come in time.", "raise stage_timeout_ms, or look at the store."
             )
-        raise outcome  # a bug, not a failure of the store
+        log.error("objectcache met a bug while reading a chunk", exc_info=outcome)
+        return count, Unavailable(f"reading a chunk ended in {type(outcome).__name__}.")
     return len(outcomes), None
 
-
-def is_miss(error: ObjectCacheError | None) -> bool:
-    """Whether the store answered well, only not with what was hoped for."""
-    return error is None or isinstance(error, (NotFound, Corrupt))

@@ -1,0 +1,103 @@
+"""What is counted and what it is called: the table behind `/metrics` and docs/METRICS.md. Not where it is counted."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+COUNTERS: dict[str, str] = {
+    "lookups": "Prompts whose prefix was looked up in the store or among known chunks.",
+    "lookup_failures": "Lookups that ended in an error or a timeout.",
+    "found_tokens": "Tokens of prompts that the store was found to have.",
+    "hit_tokens": "Tokens whose KV was loaded and not computed.",
+    "stage_timeouts": "Prompts that were computed because their chunks came too late.",
+    "staged_chunks": "Chunks brought into host memory and verified, per rank.",
+    "missing_chunks": "Reads that found no object where one was expected.",
+    "corrupt_chunks": "Reads whose bytes were wrong; the prompt was computed.",
+    "failed_reads": "Reads that failed for another reason.",
+    "saved_chunks": "Chunks written to the store, per rank.",
+    "duplicate_chunks": "Chunks that were uploaded and found to exist already.",
+    "dropped_saves": "Chunks not saved because there was no room or the store was sick.",
+    "failed_saves": "Chunks whose upload failed.",
+    "get_requests": "GET requests sent, retries included.",
+    "put_requests": "PUT requests sent, retries included.",
+    "head_requests": "HEAD requests sent, retries included.",
+    "read_bytes": "Body bytes received from the store.",
+    "written_bytes": "Body bytes sent to the store.",
+}
+STORE_COUNTERS = ("get_requests", "put_requests", "head_requests", "read_bytes", "written_bytes")
+
+
+def prometheus_name(counter: str) -> str:
+    """As Prometheus shows it; its client adds `_total`."""
+    return f"objectcache_{counter}"
+
+
+class Counters:
+    """Counts since the last `take`. Used from one thread, or under the owner's lock."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, count: int = 1) -> None:
+        assert name in COUNTERS, name
+        if count:
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def take(self) -> "ObjectCacheStats | None":
+        """What was counted, for vLLM; None if nothing."""
+        if not self._counts:
+            return None
+        counts, self._counts = self._counts, {}
+        return ObjectCacheStats(data=dict(counts))
+
+
+@dataclass
+class ObjectCacheStats(KVConnectorStats):
+    """`data` maps names of COUNTERS to increments."""
+
+    def reset(self) -> None:
+        self.data = {}
+
+    def aggregate(self, other: KVConnectorStats) -> "ObjectCacheStats":
+        for name, count in other.data.items():
+            self.data[name] = self.data.get(name, 0) + count
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        return {name: self.data[name] for name in COUNTERS if self.data.get(name)}
+
+    def is_empty(self) -> bool:
+        return not any(self.data.values())
+
+
+class ObjectCachePromMetrics(KVConnectorPromMetrics):
+    """One Prometheus counter for each row of COUNTERS, with vLLM's labels."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        families = {
+            name: self._counter_cls(
+                name=prometheus_name(name), documentation=doc, labelnames=labelnames
+            )
+            for name, doc in COUNTERS.items()
+        }
+        self._counters = {
+            engine: {name: family.labels(*values) for name, family in families.items()}
+            for engine, values in per_engine_labelvalues.items()
+        }
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        for name, count in transfer_stats_data.items():
+            if name in COUNTERS:
+                self._counters[engine_idx][name].inc(count)
