@@ -1,13 +1,20 @@
 """What any store must do. Not how one is chosen from a URL: see stores/__init__.py.
 
-A store maps keys (slash-separated ASCII) to immutable objects. All calls are coroutines of one
+A store maps keys (see `check_key`) to immutable objects. All calls are coroutines of one
 asyncio loop; a store may be used from that loop only. Every call ends in bounded time, by its
 answer or by one of the errors of `objectcache.errors`; retries happen inside.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+
+from objectcache.errors import Misconfigured
+
+KEY_BYTES_MAX = 900  # S3 allows 1024 with the prefix of the store
+_SEGMENT = r"(?!\.)[!-.0-\[\]-~]+"  # printable ASCII but space and backslash; no leading dot
+_KEY = re.compile(rf"{_SEGMENT}(/{_SEGMENT})*")
 
 
 @dataclass
@@ -21,6 +28,16 @@ class StoreCounters:
     delete_requests: int = 0
     read_bytes: int = 0  # body bytes received, whether they were of use or not
     written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
+
+
+def check_key(key: str) -> None:
+    """Raise Misconfigured unless every store can hold `key`.
+
+    That is segments of printable ASCII (no space, no backslash, no leading dot), joined by single
+    slashes. A key must not be a directory of another (`a` and `a/b`): files cannot do that.
+    """
+    if len(key) > KEY_BYTES_MAX or _KEY.fullmatch(key) is None:
+        raise Misconfigured(f"{key[:80]!r} cannot be a key.")
 
 
 class Store(ABC):
@@ -46,10 +63,11 @@ class Store(ABC):
 
         With `start`, the range [start, start + len(into)); without, the whole object, which must be
         len(into) bytes long: any other length raises Corrupt, before or after the body is read.
-        `landed(n)` is called on the loop, n never falling, whenever into[:n] is final; the last call
-        has n == len(into). If a retry happens it goes on where the body stopped or starts
-        over, but bytes that `landed` announced are not written again. An exception from `landed` ends
-        the read and is passed on.
+        `landed(n)` is called on the loop, n never falling, whenever into[:n] is final; the last
+        call has n == len(into). If a retry happens it goes on where the body stopped or starts
+        over, but bytes that `landed` announced are not written again. An exception from `landed`
+        ends the read and is passed on. Once the call ended, in whatever way, cancelled too,
+        nothing writes to `into` any more.
         Raises NotFound, Corrupt (length, range outside the object), Denied, Unavailable.
         """
 
@@ -58,7 +76,7 @@ class Store(ABC):
         """Store the object unless the key exists already (If-None-Match: *).
 
         True if it was created, False if it was there before; an object is never seen in part and
-        never replaced. `body` must not change until the call returns. Raises Denied, Unavailable.
+        never replaced. `body` must not change until the call ends. Raises Denied, Unavailable.
         """
 
     @abstractmethod

@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 from objectcache.errors import Corrupt, NotFound, Unavailable
-from objectcache.stores.base import Store, StoreCounters
+from objectcache.stores.base import Store, StoreCounters, check_key
 
 _spaces: dict[str, dict[str, bytes]] = {}
 _spaces_lock = threading.Lock()
@@ -61,6 +61,7 @@ class MemoryStore(Store):
     async def write(self, key: str, body: memoryview) -> bool:
         self.counters.put_requests += 1
         objects = self._open()
+        check_key(key)
         copy = bytes(body)
         self.counters.written_bytes += len(copy)
         with _spaces_lock:
@@ -70,7 +71,7 @@ class MemoryStore(Store):
         self.counters.delete_requests += 1
         self._open().pop(key, None)
 
-    async def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:  # type: ignore[override]
+    async def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
         self.counters.list_requests += 1
         for key in sorted(self._open()):
             if key.startswith(prefix):

@@ -1,0 +1,453 @@
+"""A bucket as a store, by aiobotocore. What a failure means: see s3_errors.py.
+
+One loop of attempts (`_attempts`) serves all requests; botocore's own retries are off, so that
+`attempts`, pauses, counters and the time limit have one meaning. A request holds one of
+`max_connections` slots while it runs. A body is received on the loop, straight into the caller's
+memory, so a cancelled read never writes again.
+"""
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+import botocore  # type: ignore[import-untyped]
+from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
+from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+
+from objectcache.config import Options
+from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError, Unavailable
+from objectcache.stores.base import Store, StoreCounters, check_key
+from objectcache.stores.s3_errors import RETRY_AFTER_MAX_S, Place, Verdict, judge
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+SLOWEST_BYTES_PER_S = 1 << 20  # a body may take this long on top of the timeouts, no longer
+_PIECE_BYTES = 256 << 10  # of a body being sent: what one send takes, so nothing piles up behind
+_PAUSE_S = 0.05  # mean of the first pause is half of it; doubles with each attempt
+_THROTTLED_PAUSE_S = 0.25
+_SET_UP_LIMIT_S = 15.0  # for the chain to find credentials: STS and IMDS have limits of minutes
+_SET_UP_PAUSE_S = 5.0  # how long "no credentials" is believed before asking the chain again
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
+_COUNTER = {
+    "get_object": "get_requests",
+    "head_object": "head_requests",
+    "put_object": "put_requests",
+    "list_objects_v2": "list_requests",
+    "delete_object": "delete_requests",
+}
+
+
+class _Failed(Exception):
+    """One attempt failed; what to do is in the verdict. Never leaves this file."""
+
+    def __init__(self, verdict: Verdict) -> None:
+        super().__init__(verdict.error.message)
+        self.verdict = verdict
+
+
+class _Body:
+    """A memoryview as botocore (length, rewind) and aiohttp (async iterable) take it, uncopied."""
+
+    def __init__(self, view: memoryview, counters: StoreCounters) -> None:
+        self._view = view.cast("B") if view.nbytes != len(view) else view
+        self._counters = counters
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def seek(self, offset: int) -> None:
+        """Each iteration starts at the beginning anyway."""
+
+    async def __aiter__(self) -> AsyncIterator[memoryview]:
+        for at in range(0, len(self._view), _PIECE_BYTES):
+            piece = self._view[at : at + _PIECE_BYTES]
+            yield piece
+            self._counters.written_bytes += len(piece)
+
+
+class _Fill:
+    """How far one read has come: `into[:have]` is final."""
+
+    def __init__(
+        self, into: memoryview, start: int | None, landed: Callable[[int], None] | None
+    ) -> None:
+        self.into = into
+        self.start = start  # None: the whole object
+        self.first = start or 0
+        self.landed = landed
+        self.have = 0
+        self.etag = ""  # of the object that the first bytes came from
+
+    def request(self) -> dict[str, str]:
+        """Parameters of the GET for what is missing."""
+        if self.start is None and self.have == 0:
+            return {}
+        last = self.first + len(self.into) - 1
+        wanted = {"Range": f"bytes={self.first + self.have}-{last}"}
+        if self.have and self.etag:
+            wanted["IfMatch"] = self.etag
+        return wanted
+
+    def offset(self, answer: dict[str, Any]) -> int:
+        """Bytes of the body to skip. Raises Corrupt if it cannot be, or end in, what is wanted."""
+        length = answer.get("ContentLength")
+        if answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
+            return self._offset_in_part(answer.get("ContentRange") or "", length)
+        # 200: the whole object, asked for or not. Some servers ignore Range.
+        if length is not None:
+            self._check_size(length)
+        return self.first + self.have
+
+    def _offset_in_part(self, content_range: str, length: int | None) -> int:
+        match = _CONTENT_RANGE.fullmatch(content_range)
+        if match is None or int(match[1]) != self.first + self.have:
+            raise Corrupt(f"the server sent the range {content_range[:60]!r}, not what was asked.")
+        if match[3] != "*":
+            self._check_size(int(match[3]))
+        if length is not None and length != len(self.into) - self.have:
+            raise Corrupt(f"the server sent {length} bytes, not {len(self.into) - self.have}.")
+        return 0
+
+    def _check_size(self, size: int) -> None:
+        if self.start is None and size != len(self.into):
+            raise Corrupt(f"the object has {size} bytes, expected {len(self.into)}.")
+        if self.first + len(self.into) > size:
+            raise Corrupt(
+                f"the object has {size} bytes; {self.first}+{len(self.into)} was asked for."
+            )
+
+    def take(self, chunk: memoryview) -> None:
+        self.into[self.have : self.have + len(chunk)] = chunk
+        self.have += len(chunk)
+        if self.landed is not None:
+            self.landed(self.have)
+
+
+class S3Store(Store):
+    """Objects of one bucket below one prefix. The client is made on the loop, at the first call."""
+
+    def __init__(self, options: Options) -> None:
+        self._bucket, _, prefix = options.url.removeprefix("s3://").partition("/")
+        prefix = prefix.strip("/")
+        self._prefix = f"{prefix}/" if prefix else ""
+        self.name = f"s3://{self._bucket}/{prefix}".rstrip("/")
+        self.counters = StoreCounters()
+        if options.ca_bundle and not Path(options.ca_bundle).is_file():
+            raise Misconfigured(
+                f"option 'ca_bundle': {options.ca_bundle!r} is no file.",
+                "give the path of a PEM file with the CA of the server.",
+            )
+        self._options = options
+        self._attempts_max = options.attempts
+        self._silence_s = (options.connect_timeout_ms + options.read_timeout_ms) / 1000
+        self._place = Place(self.name, self._bucket, _endpoint(options.endpoint_url) or "AWS S3")
+        # HEADs must not stand in line behind bulk: bodies may use all slots but an eighth.
+        self._slots = asyncio.Semaphore(options.max_connections)
+        self._bulk_slots = asyncio.Semaphore(
+            max(1, options.max_connections - max(1, options.max_connections // 8))
+        )
+        self._conditional_put = True
+        self._client: Any = None
+        self._client_lock = asyncio.Lock()
+        self._no_client: tuple[float, ObjectCacheError] | None = None  # until when, and why
+        self._closed = False
+
+    async def head(self, key: str) -> int:
+        check_key(key)
+        answer = await self._ask("head_object", f"HEAD {key}", Key=self._prefix + key)
+        return int(answer.get("ContentLength") or 0)
+
+    async def read(
+        self,
+        key: str,
+        into: memoryview,
+        *,
+        start: int | None = None,
+        landed: Callable[[int], None] | None = None,
+    ) -> None:
+        check_key(key)
+        what = f"GET {key}"
+        if start is not None and not len(into):  # HTTP has no empty range
+            if await self.head(key) < start:
+                raise Corrupt(f"{what}: the object ends before {start}.")
+            if landed is not None:
+                landed(0)
+            return
+        fill = _Fill(into, start, landed)
+        async with self._slot(bulk=True):
+            await self._attempts(
+                what, len(into), lambda until: self._receive(key, what, fill, until)
+            )
+
+    async def write(self, key: str, body: memoryview) -> bool:
+        check_key(key)
+        what = f"PUT {key}"
+        async with self._slot(bulk=True):
+            return await self._attempts(
+                what, body.nbytes, lambda until: self._put(key, what, body, until)
+            )
+
+    async def delete(self, key: str) -> None:
+        check_key(key)
+        await self._ask("delete_object", f"DELETE {key}", Key=self._prefix + key)
+
+    async def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
+        more: dict[str, str] = {}
+        while True:
+            page = await self._ask(
+                "list_objects_v2", f"LIST {prefix}", Prefix=self._prefix + prefix, **more
+            )
+            for entry in page.get("Contents", ()):
+                yield entry["Key"][len(self._prefix) :], int(entry["Size"])
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated"):
+                return
+            if not token or token == more.get("ContinuationToken"):
+                raise Unavailable(f"LIST {prefix}: {self._place.endpoint} repeats a page.")
+            more = {"ContinuationToken": token}
+
+    async def check(self) -> None:
+        """A GET of a key that need not exist: it needs just what loading needs, and a GET's refusal
+        says why, as a HEAD's does not."""
+        what = f"check of {self.name}"
+
+        async def once(until: float) -> None:
+            key = f"{self._prefix}objectcache-check"
+            try:
+                answer = await self._send("get_object", what, self._silence_s, Key=key)
+            except _Failed as failed:
+                if not isinstance(failed.verdict.error, NotFound):
+                    raise
+            else:
+                answer["Body"].close()
+
+        async with self._slot():
+            await self._attempts(what, 0, once)
+
+    async def close(self) -> None:
+        self._closed = True
+        async with self._client_lock:
+            client, self._client = self._client, None
+            if client is not None:
+                await client.__aexit__(None, None, None)
+
+    # -- one request -----------------------------------------------------------------------------
+
+    async def _ask(self, operation: str, what: str, **params: Any) -> dict[str, Any]:
+        """A request whose answer has no body to stream, with its attempts."""
+
+        async def once(until: float) -> dict[str, Any]:
+            return await self._send(operation, what, self._silence_s, **params)
+
+        async with self._slot():
+            return await self._attempts(what, 0, once)
+
+    async def _attempts(
+        self, what: str, body_bytes: int, once: Callable[[float], Awaitable[_T]]
+    ) -> _T:
+        """Run `once(until)` until it does, or attempts or time are used up. `until`: loop time."""
+        loop = asyncio.get_running_loop()
+        limit_s = self._attempts_max * self._silence_s + body_bytes / SLOWEST_BYTES_PER_S
+        until = loop.time() + limit_s
+        for attempt in range(1, self._attempts_max + 1):
+            try:
+                return await once(until)
+            except _Failed as failed:
+                verdict = failed.verdict
+                pause_s = _pause_s(attempt, verdict)
+                if (
+                    not verdict.retry
+                    or attempt == self._attempts_max
+                    or verdict.retry_after_s > RETRY_AFTER_MAX_S
+                    or loop.time() + pause_s >= until
+                ):
+                    raise verdict.error from None  # the cause may quote headers
+            await asyncio.sleep(pause_s)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _send(
+        self, operation: str, what: str, limit_s: float, **params: Any
+    ) -> dict[str, Any]:
+        """One request up to the head of its answer (for other than GET: all of it)."""
+        client = await self._ready()
+        counter = _COUNTER[operation]
+        setattr(self.counters, counter, getattr(self.counters, counter) + 1)
+        try:
+            async with asyncio.timeout(limit_s):
+                answer: dict[str, Any] = await getattr(client, operation)(
+                    Bucket=self._bucket, **params
+                )
+                return answer
+        except ObjectCacheError:
+            raise
+        except Exception as exc:  # judge() re-raises what is no failure of a store
+            raise _Failed(judge(exc, what, self._place)) from None
+
+    async def _put(self, key: str, what: str, view: memoryview, until: float) -> bool:
+        limit_s = self._silence_s + view.nbytes / SLOWEST_BYTES_PER_S
+        where = {"Key": self._prefix + key}
+        if not self._conditional_put and await self._exists(what, where):
+            return False
+        condition = {"IfNoneMatch": "*"} if self._conditional_put else {}
+        body = _Body(view, self.counters)
+        try:
+            await self._send("put_object", what, limit_s, Body=body, **where, **condition)
+        except _Failed as failed:
+            if failed.verdict.precondition:
+                return False
+            if not (failed.verdict.unsupported and condition):
+                raise
+            if self._conditional_put:
+                self._conditional_put = False
+                _LOG.warning(
+                    "%s does not know conditional PUT (If-None-Match); a HEAD stands in for it",
+                    self._place.endpoint,
+                )
+            return await self._put(key, what, view, until)
+        return True
+
+    async def _exists(self, what: str, where: dict[str, str]) -> bool:
+        try:
+            await self._send("head_object", what, self._silence_s, **where)
+        except _Failed as failed:
+            if isinstance(failed.verdict.error, NotFound):
+                return False
+            raise
+        return True
+
+    async def _receive(self, key: str, what: str, fill: _Fill, until: float) -> None:
+        """One GET of what `fill` lacks, into its memory."""
+        answer = await self._send(
+            "get_object", what, self._silence_s, Key=self._prefix + key, **fill.request()
+        )
+        body = answer["Body"]
+        try:
+            skip = fill.offset(answer)
+            fill.etag = fill.etag or answer.get("ETag", "")
+            stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
+            await self._drain(stream, fill, skip, what, until)
+        except Corrupt as exc:
+            raise Corrupt(f"{what}: {exc.message}") from None
+        finally:
+            body.close()  # an unread rest takes its connection with it; a read one gave it back
+
+    async def _drain(
+        self, stream: aiohttp.StreamReader, fill: _Fill, skip: int, what: str, until: float
+    ) -> None:
+        """Body to memory. Each chunk is copied once, as it comes; nothing is joined."""
+        clock = asyncio.get_running_loop().time
+        wanted = len(fill.into)
+        while True:
+            try:
+                chunk, boundary = await stream.readchunk()
+            except (aiohttp.ClientError, OSError) as exc:
+                if fill.have == wanted:
+                    return
+                raise _Failed(judge(exc, what, self._place)) from None
+            if not chunk:
+                if boundary:  # of HTTP's chunked coding, not the end
+                    continue
+                break
+            self.counters.read_bytes += len(chunk)
+            view = memoryview(chunk)[min(skip, len(chunk)) :]
+            skip -= len(chunk) - len(view)
+            if len(view) > wanted - fill.have:
+                if fill.start is None:
+                    raise Corrupt(f"the body is longer than {wanted} bytes.")
+                view = view[: wanted - fill.have]  # a 200 for a range goes on behind it
+            if len(view):
+                fill.take(view)
+            if fill.have == wanted and fill.start is not None:
+                return
+            if clock() > until:
+                raise _Failed(Verdict(Unavailable(f"{what}: {self._place.endpoint} is too slow.")))
+        if fill.have < wanted:
+            error = Unavailable(f"{what}: the body ended after {fill.have} of {wanted} bytes.")
+            raise _Failed(Verdict(error, retry=True))
+
+    @asynccontextmanager
+    async def _slot(self, bulk: bool = False) -> AsyncIterator[None]:
+        if bulk:
+            async with self._bulk_slots, self._slots:
+                yield
+        else:
+            async with self._slots:
+                yield
+
+    # -- the client ------------------------------------------------------------------------------
+
+    async def _ready(self) -> Any:
+        """The client; made at first use. Raises Denied without credentials, asking again later."""
+        if self._client is not None:
+            return self._client
+        async with self._client_lock:
+            if self._closed:
+                raise Unavailable(f"{self.name} is closed.")
+            now = asyncio.get_running_loop().time()
+            if self._no_client is not None and now < self._no_client[0]:
+                raise self._no_client[1]
+            if self._client is None:
+                try:
+                    async with asyncio.timeout(_SET_UP_LIMIT_S):
+                        self._client = await self._make_client()
+                    self._place = Place(
+                        self.name, self._bucket, _endpoint(self._client.meta.endpoint_url)
+                    )
+                except Exception as exc:  # judge() re-raises what is no failure of a store
+                    error = judge(exc, "set-up", self._place).error
+                    self._no_client = (now + _SET_UP_PAUSE_S, error)
+                    raise error from None
+            return self._client
+
+    async def _make_client(self) -> Any:
+        options = self._options
+        session = AioSession(profile=options.profile or None)
+        if not options.anonymous and await session.get_credentials() is None:
+            # A client made now would stay without credentials for ever; a role may come later.
+            raise botocore.exceptions.NoCredentialsError
+        style = options.addressing_style
+        config = AioConfig(
+            connect_timeout=options.connect_timeout_ms / 1000,
+            read_timeout=options.read_timeout_ms / 1000,
+            max_pool_connections=options.max_connections,
+            retries={"total_max_attempts": 1, "mode": "standard"},
+            signature_version=botocore.UNSIGNED if options.anonymous else None,
+            # Hashing every body twice costs 2.6 times the CPU of a PUT. Chunks carry checksums of
+            # their own, checked by whoever reads them; older Ceph refuses the SDK's trailers.
+            s3={
+                "payload_signing_enabled": False,
+                # botocore's own default is what `auto` promises, AWS_ENDPOINT_URL included.
+                "addressing_style": None if style == "auto" else style,
+            },
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+            parameter_validation=False,  # it refuses a body that is neither bytes nor a file
+        )
+        return await session.create_client(
+            "s3",
+            region_name=options.region or None,
+            endpoint_url=options.endpoint_url or None,
+            verify=options.ca_bundle or None,
+            config=config,
+        ).__aenter__()
+
+
+def _pause_s(attempt: int, verdict: Verdict) -> float:
+    base_s = _THROTTLED_PAUSE_S if verdict.throttled else _PAUSE_S
+    return max(random.random() * base_s * 2.0 ** (attempt - 1), verdict.retry_after_s)
+
+
+def _endpoint(url: str) -> str:
+    """Scheme, host and port of `url`: never what else stands in it."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        return ""
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
