@@ -62,7 +62,6 @@ class Admission:
     lookup_deadline: float
     stage_timeout_s: float
     phase: Phase = Phase.LOOKUP
-    admitted: bool = False
     timed_out: bool = False
     _found: int = 0
     _deadline: float = field(default=0.0)
@@ -107,7 +106,6 @@ class Admission:
         held = self.phase in (Phase.STAGING, Phase.READY)
         ready = self.phase is Phase.READY
         self.phase = Phase.OVER
-        self.admitted = True
         if tokens == 0:
             return None, held
         assert ready and tokens <= self._end() - local_tokens, "vLLM admits more than was promised"

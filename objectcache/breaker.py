@@ -23,7 +23,9 @@ class Breaker:
             return True
         if now < self._open_until or now < self._trial_until:
             return False
-        self._trial_until = now + self._pause_s  # a trial that never reports does not block for ever
+        self._trial_until = (
+            now + self._pause_s
+        )  # a trial that never reports does not block for ever
         return True
 
     def succeeded(self) -> None:

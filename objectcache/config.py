@@ -112,7 +112,8 @@ def parse(extra: Mapping[str, Any]) -> Options:
 def _refuse_unknown(name: str, known: list[str]) -> None:
     if _SECRET.search(name):
         raise Misconfigured(
-            f"kv_connector_extra_config must not hold {name!r}: vLLM prints that config.", _CHAIN_HINT
+            f"kv_connector_extra_config must not hold {name!r}: vLLM prints that config.",
+            _CHAIN_HINT,
         )
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."

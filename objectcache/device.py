@@ -175,9 +175,7 @@ class CudaCopies(Copies):
         self._layer_events = [torch.cuda.Event() for _ in pages]
         staging_bytes = max(STAGING_BYTES, max(layout.slice_bytes))
         self._load_staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
-        self._save_staging = torch.empty(
-            max(layout.slice_bytes), dtype=torch.uint8, device=device
-        )
+        self._save_staging = torch.empty(max(layout.slice_bytes), dtype=torch.uint8, device=device)
         self._loaded: deque[tuple[list[int], torch.cuda.Event]] = deque()
         self._saved: deque[tuple[int, torch.cuda.Event]] = deque()
 
@@ -257,9 +255,7 @@ class CudaCopies(Copies):
         return event
 
 
-def open_copies(
-    pages: Sequence[torch.Tensor], slots: HostSlots, layout: ObjectLayout
-) -> Copies:
+def open_copies(pages: Sequence[torch.Tensor], slots: HostSlots, layout: ObjectLayout) -> Copies:
     """The kind that fits where the pages are."""
     kind = CudaCopies if pages[0].is_cuda else CpuCopies
     return kind(pages, slots, layout)

@@ -105,7 +105,9 @@ class ObjectLayout:
             for layer in range(len(self.slice_bytes))
         ]
         if self.header(chunk_hash, sums) != header:
-            raise Corrupt(f"The header is not that of chunk {chunk_hash.hex()[:16]}: {_why(header)}.")
+            raise Corrupt(
+                f"The header is not that of chunk {chunk_hash.hex()[:16]}: {_why(header)}."
+            )
         return sums
 
 
@@ -146,9 +148,7 @@ class Verifier:
         if self._sums is None:
             if n < layout.header_bytes:
                 return
-            self._sums = layout.expected_sums(
-                self._buffer[: layout.header_bytes], self._chunk_hash
-            )
+            self._sums = layout.expected_sums(self._buffer[: layout.header_bytes], self._chunk_hash)
         while self.verified_layers < len(self._sums):
             run = layout.slice_of(self.verified_layers)
             if n < run.stop:

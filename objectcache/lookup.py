@@ -49,7 +49,8 @@ class Lookup:
                 chunks = await search(len(keys), lambda at: self._exists(keys[at]))
         except TimeoutError:
             error = Unavailable(
-                "the store did not answer in time.", "raise lookup_timeout_ms, or look at the store."
+                "the store did not answer in time.",
+                "raise lookup_timeout_ms, or look at the store.",
             )
         except ObjectCacheError as failure:
             error = failure

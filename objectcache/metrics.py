@@ -14,7 +14,7 @@ COUNTERS: dict[str, str] = {
     "lookup_failures": "Lookups that ended in an error or a timeout.",
     "found_tokens": "Tokens of prompts that the store was found to have.",
     "hit_tokens": "Tokens whose KV was loaded and not computed.",
-    "stage_timeouts": "Prompts that were computed because their chunks came too late.",
+    "late_prompts": "Prompts computed because the store was too slow to answer or to deliver.",
     "staged_chunks": "Chunks brought into host memory and verified, per rank.",
     "missing_chunks": "Reads that found no object where one was expected.",
     "corrupt_chunks": "Reads whose bytes were wrong; the prompt was computed.",

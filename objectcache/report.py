@@ -7,7 +7,9 @@ from objectcache.errors import ObjectCacheError
 
 REPEAT_S = 60.0
 
-log = logging.getLogger("vllm.objectcache")  # below "vllm", the only logger that has a handler there
+log = logging.getLogger(
+    "vllm.objectcache"
+)  # below "vllm", the only logger that has a handler there
 
 
 class Reporter:

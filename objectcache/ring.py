@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from objectcache.errors import Misconfigured
 
-SAVE_SHARE = 4  # one slot in four is for saves: a lost save is only a later miss, a load is waited for
+SAVE_SHARE = (
+    4  # one slot in four is for saves: a lost save is only a later miss, a load is waited for
+)
 
 
 class Ring:

@@ -64,8 +64,7 @@ class Saver:
         outcome, error = "failed", None
         try:
             if not self._breaker.allows(time.monotonic()):
-                outcome = "dropped"
-                return
+                return  # the store is sick, and said so before
             view = self._slot_view(slot)[: self._layout.object_bytes]
             self._layout.seal(view, chunk_hash)
             if key in self._spoilt:

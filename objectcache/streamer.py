@@ -34,11 +34,15 @@ class StageJob:
 
 @dataclass(frozen=True)
 class StageResult:
-    """`slots` hold the leading chunks that came; the caller gives them back. `error` is why not more."""
+    """`slots` hold the leading chunks that came; the caller gives them back.
+
+    `error` is why not more, and `failed_key` the object at which it ended.
+    """
 
     job: int
     slots: list[int]
     error: ObjectCacheError | None
+    failed_key: str = ""
 
 
 class Streamer:
@@ -87,7 +91,9 @@ class Streamer:
     async def _expire(self, job: StageJob) -> None:
         await asyncio.sleep(self._timeout_s)  # cancelled when the job gets its slots
         self._waiting.remove(job)
-        self._finish(job, 0, Unavailable("there was no room in the ring in time.", "raise ring_bytes."))
+        self._finish(
+            job, 0, Unavailable("there was no room in the ring in time.", "raise ring_bytes.")
+        )
         self._pump()
 
     def _pump(self) -> None:
@@ -123,14 +129,14 @@ class Streamer:
         try:
             await _until_first_failure(reads, job.deadline)
         except asyncio.CancelledError:
-            pass  # by _cancel or by the end of the loop; either way the slots go back below
+            job.cancelled = True  # by _cancel or by the end of the loop: the slots go back below
         finally:
             for read in reads:
                 read.cancel()
             # A slot may be reused only when nothing writes to it any more.
             outcomes = await asyncio.gather(*reads, return_exceptions=True)
             came, error = _leading(outcomes)
-            self._finish(job, 0 if job.cancelled else came, error)
+            self._finish(job, *((0, None) if job.cancelled else (came, error)))
 
     async def _read(self, key: str, chunk_hash: bytes, slot: int) -> None:
         view = self._slot_view(slot)[: self._layout.object_bytes]
@@ -142,7 +148,8 @@ class Streamer:
     def _finish(self, job: StageJob, came: int, error: ObjectCacheError | None) -> None:
         del self._jobs[job.job]
         self._ring.release(job.slots[came:])
-        self._done(StageResult(job.job, job.slots[:came], error))
+        failed_key = job.keys[came] if error is not None and came < len(job.keys) else ""
+        self._done(StageResult(job.job, job.slots[:came], error, failed_key))
         if came < len(job.slots):
             self._pump()
 
@@ -173,4 +180,3 @@ def _leading(outcomes: "list[None | BaseException]") -> tuple[int, ObjectCacheEr
         log.error("objectcache met a bug while reading a chunk", exc_info=outcome)
         return count, Unavailable(f"reading a chunk ended in {type(outcome).__name__}.")
     return len(outcomes), None
-

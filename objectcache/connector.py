@@ -1,0 +1,252 @@
+"""The class that vLLM makes, once per role: it picks the half for its role and forwards. No decisions."""
+
+import secrets
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import objectcache.version  # noqa: F401  refuses a vLLM that lacks what is imported below
+
+# isort: split
+import torch
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+
+from objectcache import identity
+from objectcache.config import parse
+from objectcache.keys import Namespace
+from objectcache.messages import StepCommands, StepReport, WorkerPlace
+from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
+from objectcache.pages import layer_pages
+from objectcache.report import log
+from objectcache.scheduler import SchedulerHalf
+from objectcache.worker import WorkerHalf
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+
+class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
+    """Prefix KV in object storage. Options: docs/OPTIONS.md.
+
+    Where the engine's KV cannot be cached (see identity.refusal) both halves stay None: vLLM works
+    as without a connector, and one warning says why.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        role: KVConnectorRole,
+        kv_cache_config: "KVCacheConfig",
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._options = parse(self._kv_transfer_config.kv_connector_extra_config)
+        self._scheduler: SchedulerHalf | None = None
+        self._worker: WorkerHalf | None = None
+        self._place: WorkerPlace | None = None
+        self._loras = identity.LoraDigests()
+        self._refusal = identity.refusal(vllm_config, kv_cache_config)
+        if self._refusal is None:
+            identity.require_whole_chunks(kv_cache_config, self._options.chunk_tokens)
+        elif role is KVConnectorRole.SCHEDULER:
+            log.warning("objectcache stays out of this engine: %s", self._refusal)
+
+    # ---- both roles
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False  # a cache: a chunk that is not saved is only a later miss
+
+    def shutdown(self) -> None:
+        for half in (self._scheduler, self._worker):
+            if half is not None:
+                half.shutdown()
+
+    def get_kv_connector_stats(self) -> ObjectCacheStats | None:
+        half = self._scheduler or self._worker
+        return half.stats() if half is not None else None
+
+    @classmethod
+    def build_kv_connector_stats(
+        cls, data: dict[str, Any] | None = None
+    ) -> ObjectCacheStats | None:
+        return ObjectCacheStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> ObjectCachePromMetrics:
+        return ObjectCachePromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ---- scheduler role
+
+    def set_xfer_handshake_metadata(
+        self, metadata: dict[int, KVConnectorHandshakeMetadata]
+    ) -> None:
+        """Workers exist and said what they are (by TP rank): now the engine has a name."""
+        places = [place for place in metadata.values() if isinstance(place, WorkerPlace)]
+        if self._refusal is not None or not places:
+            return
+        transfer, cache = self._kv_transfer_config, self._vllm_config.cache_config
+        self._scheduler = SchedulerHalf(
+            self._options,
+            self._name_engine(places, reset=None),
+            block_tokens=identity.block_tokens(self._kv_cache_config),
+            ranks=len(places),
+            shards=places[0].shards,
+            loads=transfer.is_kv_consumer,
+            saves=transfer.is_kv_producer,
+            local_prefixes=bool(cache.enable_prefix_caching),
+        )
+        self._places = places
+        self._scheduler.check()
+
+    def _name_engine(self, places: list[WorkerPlace], reset: str | None) -> Namespace:
+        namespace = identity.engine_namespace(
+            self._vllm_config,
+            self._kv_cache_config,
+            self._options,
+            [place.facts for place in places],
+            reset,
+        )
+        log.info("objectcache keeps this engine's chunks under %s", namespace.name)
+        return namespace
+
+    def on_new_request(self, request: "Request") -> None:
+        if self._scheduler is None:
+            return
+        who = identity.request_identity(request, self._loras)
+        if isinstance(who, str):
+            log.debug("objectcache leaves request %s alone: %s", request.request_id, who)
+        else:
+            self._scheduler.added(request, who.root, who.items)
+
+    def get_num_new_matched_tokens(
+        self, request: "Request", num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        if self._scheduler is None:
+            return 0, False
+        return self._scheduler.matched_tokens(request.request_id, num_computed_tokens), False
+
+    def update_state_after_alloc(
+        self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
+    ) -> None:
+        if self._scheduler is not None:
+            block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
+            self._scheduler.allocated(request.request_id, block_ids, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
+        if self._scheduler is None:
+            return StepCommands()
+        state = scheduler_output.kv_connector_block_state
+
+        def block_ids(request_id: str) -> list[int]:
+            groups = state.get_block_ids(request_id) if state is not None else None
+            return groups[0] if groups else []
+
+        return self._scheduler.commands(scheduler_output.num_scheduled_tokens, block_ids)
+
+    def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
+        report = connector_output.kv_connector_worker_meta
+        if self._scheduler is not None and isinstance(report, StepReport):
+            self._scheduler.reported(report)
+
+    def request_finished(
+        self, request: "Request", block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._scheduler is not None:
+            self._scheduler.finished(request.request_id)
+        return False, None  # pages were copied out within their step: blocks are free at once
+
+    def request_finished_all_groups(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self.request_finished(request, [])
+
+    def has_pending_push_work(self) -> bool:
+        return self._scheduler is not None and self._scheduler.has_work
+
+    def reset_cache(self) -> bool | None:
+        """The store is shared and cannot be emptied from here; this engine takes a new name instead.
+
+        That is also what a change of weights in a running engine needs, and this is its only sign.
+        """
+        if self._scheduler is not None:
+            self._scheduler.forget(self._name_engine(self._places, reset=secrets.token_hex(8)))
+        return True
+
+    # ---- worker role
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        if self._refusal is not None:
+            return
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        facts = identity.worker_facts(self._vllm_config, self._kv_cache_config, kv_caches)
+        rank = get_tensor_model_parallel_rank()
+        replicas = self._kv_cache_config.kv_tp_replicas
+        world = self._vllm_config.parallel_config.tensor_parallel_size
+        self._place = WorkerPlace(facts, rank // replicas, world // replicas)
+        names, pages = layer_pages(self._kv_cache_config, kv_caches)
+        self._worker = WorkerHalf(
+            self._options,
+            names,
+            pages,
+            identity.block_tokens(self._kv_cache_config),
+            self._place.shard,
+            self._place.shards,
+            writes=rank % replicas == 0,
+        )
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
+        return self._place
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None and isinstance(connector_metadata, StepCommands):
+            self._worker.receive(connector_metadata)
+
+    def start_load_kv(self, forward_context: "ForwardContext", **kwargs: Any) -> None:
+        if self._worker is None:
+            return
+        # A replayed full graph calls no layer hook; under the V2 runner it is known by the
+        # forward context being empty.
+        hooks_fire = (
+            forward_context.attn_metadata is not None
+            and forward_context.cudagraph_runtime_mode != CUDAGraphMode.FULL
+        )
+        self._worker.start_loads(hooks_fire)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if self._worker is not None:
+            self._worker.wait_for_layer(layer_name)
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        pass  # chunks are copied out whole, after the forward pass
+
+    def wait_for_save(self) -> None:
+        if self._worker is not None:
+            self._worker.end_forward()
+
+    def get_finished(self, finished_req_ids: Iterable[str]) -> tuple[None, None]:
+        return None, None  # nothing is loaded or sent behind vLLM's back
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._worker.report() if self._worker is not None else None

@@ -1,0 +1,397 @@
+"""The scheduler half: names prefixes, asks which exist, answers vLLM's scheduler, and says what workers do. No bytes, no waiting.
+
+vLLM calls from one thread and must never be held up: lookups run on a loop of their own and are
+polled. What to answer about one request is decided in admission.py; here its events are gathered.
+"""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from objectcache import keys
+from objectcache.admission import Admission, Phase, loadable
+from objectcache.breaker import Breaker
+from objectcache.config import Options
+from objectcache.errors import Misconfigured, ObjectCacheError, Unavailable
+from objectcache.index import KnownChunks
+from objectcache.keys import ChunkChain, Namespace
+from objectcache.lookup import Lookup, LookupResult
+from objectcache.loop import LoopThread
+from objectcache.messages import (
+    LoadCommand,
+    SaveCommand,
+    StageCommand,
+    StepCommands,
+    StepReport,
+)
+from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
+from objectcache.report import Reporter
+from objectcache.stores import open_store
+from objectcache.stores.base import Store
+
+CHECK_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 1.0
+MISSES = ("", "NotFound", "Corrupt")  # the store answered, if not with what was hoped for
+
+
+@dataclass
+class Tracked:
+    """One live request that may use the store."""
+
+    request: Any
+    chain: ChunkChain
+    admission: Admission | None = None
+    admitted: bool = False
+    local_tokens: int = 0  # what vLLM had itself when it asked last
+    job: int | None = None
+    job_hashes: list[bytes] = field(default_factory=list)
+    save_from: int = 0  # chunks before this one are in the store, or on their way
+
+
+@dataclass
+class Saving:
+    """A chunk on its way out: whose it is, where in its prefix, and what the shards said so far."""
+
+    tracked: Tracked
+    chunk: int
+    outcomes: list[str] = field(default_factory=list)
+
+
+class SchedulerHalf:
+    """`ranks` workers report each stage; `shards` of them each save.
+
+    `local_prefixes` is whether vLLM itself caches prefixes: then a request may wait for another
+    that is bringing the same chunks, and find them there.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        namespace: Namespace,
+        block_tokens: int,
+        ranks: int,
+        shards: int,
+        loads: bool,
+        saves: bool,
+        local_prefixes: bool,
+    ) -> None:
+        self._options = options
+        self._namespace = namespace
+        self._block_tokens = block_tokens
+        self._ranks = ranks
+        self._shards = shards
+        self._loads = loads
+        self._saves = saves and options.save
+        self._local_prefixes = local_prefixes
+        self._requests: dict[str, Tracked] = {}
+        self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
+        self._breaker = Breaker()
+        self._lookups: dict[int, tuple[Tracked, int]] = {}  # with chunks known beforehand
+        self._jobs: dict[int, Tracked] = {}
+        self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
+        self._stage_reports: dict[int, list[tuple[int, str]]] = {}
+        self._saving: dict[bytes, Saving] = {}
+        self._next_ticket = 0
+        self._commands = StepCommands()
+        self._counters = Counters()
+        self._reporter = Reporter()
+        self._store_seen = dict.fromkeys(STORE_COUNTERS, 0)
+        self._loop = LoopThread("objectcache-scheduler")
+        self._store = open_store(options)
+        self._lookup = Lookup(self._loop, self._store, options.lookup_timeout_ms / 1000)
+
+    def check(self) -> None:
+        """Ask the store once whether it can be used. Raises Misconfigured if that is required, else warns."""
+        try:
+            self._loop.submit(_check(self._store)).result(CHECK_TIMEOUT_S + 1)
+        except ObjectCacheError as error:
+            if self._options.startup_check == "require":
+                raise Misconfigured(
+                    f"objectcache cannot use {self._store.name}: {error.message}", error.hint
+                ) from error
+            self._reporter.warn(f"use {self._store.name}", error)
+        else:
+            if self._saves:
+                document = self._namespace.to_json()
+                key = f"{self._namespace.name}/{keys.NAMESPACE_FILE}"
+                self._loop.call(lambda: self._loop.spawn(self._describe(key, document)))
+
+    async def _describe(self, key: str, document: bytes) -> None:
+        """Leave beside the chunks a document that says what they were computed with."""
+        try:
+            await self._store.write(key, memoryview(document))
+        except ObjectCacheError as error:
+            self._reporter.warn("describe the namespace", error)
+
+    # ---- a request's life, as vLLM tells it
+
+    def added(self, request: Any, root: bytes, items: Sequence[keys.Item]) -> None:
+        """A request came whose KV may be cached under this root."""
+        chain = ChunkChain(root, self._options.chunk_tokens, items)
+        tracked = Tracked(request, chain)
+        self._requests[request.request_id] = tracked
+        self._look_up(tracked, time.monotonic())
+
+    def matched_tokens(self, request_id: str, local_tokens: int) -> int | None:
+        """Tokens to load after the `local_tokens` that vLLM has; None for "ask again"."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return 0
+        now = time.monotonic()
+        self._take_lookups()
+        if tracked.admitted:
+            self._look_up(tracked, now)  # preempted, and comes again
+        admission = tracked.admission
+        if admission is None:
+            return 0
+        tracked.local_tokens = local_tokens
+        answer = admission.ask(local_tokens, now, self._may_stage(tracked, local_tokens))
+        if answer.stage is not None:
+            self._stage(tracked, answer.stage.first, answer.stage.count)
+        if answer.release:
+            self._release(tracked)
+        if admission.timed_out:
+            admission.timed_out = False
+            self._counters.add("late_prompts")
+        return answer.tokens
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], tokens: int) -> None:
+        """vLLM admitted the request, `tokens` of it on our word; these are all its blocks."""
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return
+        tracked.admitted = True
+        if tracked.admission is None:
+            return
+        load, unused = tracked.admission.allocated(tokens, tracked.local_tokens)
+        if unused:
+            self._release(tracked)
+        if load is not None:
+            assert tracked.job is not None
+            first = tracked.local_tokens // self._block_tokens
+            ids = list(block_ids[first : first + load.blocks])
+            self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids))
+            self._counters.add("hit_tokens", tokens)
+            self._forget_job(tracked)
+
+    def finished(self, request_id: str) -> None:
+        tracked = self._requests.pop(request_id, None)
+        if tracked is None:
+            return
+        if tracked.admission is not None and tracked.admission.gone():
+            self._release(tracked)
+
+    # ---- steps
+
+    def commands(self, scheduled: Mapping[str, int], block_ids: "Any") -> StepCommands:
+        """What workers do in this step. `scheduled` maps requests to the tokens they compute now;
+        `block_ids(request_id)` gives all blocks of one."""
+        self._take_lookups()
+        commands, self._commands = self._commands, StepCommands()
+        commands.namespace = (self._namespace.name, self._namespace.digest)
+        if self._saves:
+            now = time.monotonic()
+            for request_id, tokens in scheduled.items():
+                tracked = self._requests.get(request_id)
+                if tracked is not None:
+                    commands.saves += self._saves_of(tracked, tokens, block_ids, now)
+        return commands
+
+    def reported(self, report: StepReport) -> None:
+        """What workers did; each rank reports for itself."""
+        now = time.monotonic()
+        for staged in report.staged:
+            if staged.job not in self._jobs:
+                continue  # released meanwhile
+            reports = self._stage_reports.setdefault(staged.job, [])
+            reports.append((staged.chunks, staged.error))
+            if len(reports) == self._ranks:
+                del self._stage_reports[staged.job]
+                self._staged(staged.job, *min(reports), now=now)
+        for saved in report.saved:
+            saving = self._saving.get(saved.chunk_hash)
+            if saving is not None:
+                saving.outcomes.append(saved.outcome)
+                if len(saving.outcomes) == self._shards:
+                    self._chunk_saved(saved.chunk_hash, saving, now)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether workers must hear something although no request needs a step."""
+        return bool(self._commands.releases)
+
+    def forget(self, namespace: Namespace) -> None:
+        """Nothing in the store is of use any more: the weights changed, or somebody asked."""
+        for tracked in self._requests.values():
+            if tracked.admission is not None and tracked.admission.gone():
+                self._release(tracked)
+            tracked.admission = None
+        self._requests.clear()
+        self._known.clear()
+        self._saving.clear()
+        self._namespace = namespace
+
+    def stats(self) -> ObjectCacheStats | None:
+        for name in STORE_COUNTERS:
+            now = getattr(self._store.counters, name)
+            self._counters.add(name, now - self._store_seen[name])
+            self._store_seen[name] = now
+        return self._counters.take()
+
+    def shutdown(self) -> None:
+        self._loop.stop(self._store.close(), CLOSE_TIMEOUT_S)
+
+    # ---- lookups
+
+    def _look_up(self, tracked: Tracked, now: float) -> None:
+        tracked.admission, tracked.admitted = None, False
+        request = tracked.request
+        claimable = loadable(request.num_tokens, self._block_tokens)
+        chunks = min(-(-claimable // self._options.chunk_tokens), self._extended(tracked))
+        if not self._loads or chunks == 0 or request.skip_reading_prefix_cache:
+            return
+        hashes = tracked.chain.hashes[:chunks]
+        known = self._known.prefix(hashes, now)
+        if not self._breaker.allows(now):
+            return
+        self._counters.add("lookups")
+        tracked.admission = Admission(
+            self._options.chunk_tokens,
+            self._block_tokens,
+            claimable,
+            now + self._options.lookup_timeout_ms / 1000,
+            self._options.stage_timeout_ms / 1000,
+        )
+        if known == chunks:
+            self._found(tracked, known)
+            return
+        self._next_ticket += 1
+        self._lookups[self._next_ticket] = (tracked, known)
+        # One rank's objects stand for all: if another rank's are missing, its stage says so.
+        names = [keys.object_key(self._namespace.name, h, 0, self._shards) for h in hashes[known:]]
+        self._lookup.submit(self._next_ticket, names)
+
+    def _take_lookups(self) -> None:
+        for result in self._lookup.poll():
+            self._looked_up(*self._lookups.pop(result.ticket), result)
+
+    def _looked_up(self, tracked: Tracked, known: int, result: LookupResult) -> None:
+        now = time.monotonic()
+        if result.error is not None:
+            self._breaker.failed(now)
+            self._counters.add("lookup_failures")
+            self._reporter.warn("look up chunks", result.error)
+        else:
+            self._breaker.succeeded()
+        if tracked.admission is None or tracked.admission.phase is not Phase.LOOKUP:
+            return
+        hashes = tracked.chain.hashes
+        chunks = known + result.chunks
+        for chunk_hash in hashes[:chunks]:
+            self._known.add(chunk_hash, now)
+        self._found(tracked, chunks)
+
+    def _found(self, tracked: Tracked, chunks: int) -> None:
+        assert tracked.admission is not None
+        tracked.admission.looked_up(chunks)
+        self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
+
+    # ---- stages
+
+    def _may_stage(self, tracked: Tracked, local_tokens: int) -> bool:
+        """Whether nobody else is bringing the first chunk that this request needs."""
+        if not self._local_prefixes:
+            return True
+        first = local_tokens // self._options.chunk_tokens
+        if first >= len(tracked.chain.hashes):
+            return True
+        return self._bringing.get(tracked.chain.hashes[first]) in (None, tracked)
+
+    def _stage(self, tracked: Tracked, first: int, count: int) -> None:
+        self._next_ticket += 1
+        tracked.job = self._next_ticket
+        tracked.job_hashes = tracked.chain.hashes[first : first + count]
+        self._jobs[tracked.job] = tracked
+        for chunk_hash in tracked.job_hashes:
+            self._bringing.setdefault(chunk_hash, tracked)
+        self._commands.stages.append(StageCommand(tracked.job, tracked.job_hashes))
+
+    def _staged(self, job: int, chunks: int, error: str, now: float) -> None:
+        if error in MISSES:
+            self._breaker.succeeded()
+        else:
+            self._breaker.failed(now)
+        tracked = self._jobs[job]
+        assert tracked.admission is not None
+        if error in ("NotFound", "Corrupt"):
+            for chunk_hash in tracked.job_hashes[chunks:]:
+                self._known.discard(chunk_hash)
+        tracked.admission.staged(chunks)
+
+    def _release(self, tracked: Tracked) -> None:
+        """The job's chunks are not wanted any more."""
+        assert tracked.job is not None
+        self._commands.releases.append(tracked.job)
+        self._forget_job(tracked)
+
+    def _forget_job(self, tracked: Tracked) -> None:
+        assert tracked.job is not None
+        del self._jobs[tracked.job]
+        self._stage_reports.pop(tracked.job, None)
+        for chunk_hash in tracked.job_hashes:
+            if self._bringing.get(chunk_hash) is tracked:
+                del self._bringing[chunk_hash]
+        tracked.job, tracked.job_hashes = None, []
+
+    # ---- saves
+
+    def _saves_of(
+        self, tracked: Tracked, tokens: int, block_ids: Any, now: float
+    ) -> list[SaveCommand]:
+        """Chunks of one request that this step completes and that are not in the store."""
+        request = tracked.request
+        # Tokens that are known and, after this step, computed: neither drafts nor placeholders.
+        computed = min(request.num_computed_tokens + tokens, request.num_tokens)
+        whole = min(computed // self._options.chunk_tokens, self._extended(tracked))
+        if whole <= tracked.save_from:
+            return []
+        per_chunk = self._options.chunk_tokens // self._block_tokens
+        blocks = block_ids(request.request_id)
+        saves = []
+        for chunk in range(tracked.save_from, whole):
+            chunk_hash = tracked.chain.hashes[chunk]
+            if chunk_hash in self._saving or self._known.has(chunk_hash, now):
+                continue
+            self._saving[chunk_hash] = Saving(tracked, chunk)
+            saves.append(
+                SaveCommand(chunk_hash, list(blocks[chunk * per_chunk : (chunk + 1) * per_chunk]))
+            )
+        tracked.save_from = whole
+        return saves
+
+    def _chunk_saved(self, chunk_hash: bytes, saving: Saving, now: float) -> None:
+        del self._saving[chunk_hash]
+        if all(outcome in ("written", "existed") for outcome in saving.outcomes):
+            self._known.add(chunk_hash, now)
+        elif "dropped" in saving.outcomes:  # there was no room: again in the request's next step
+            saving.tracked.save_from = min(saving.tracked.save_from, saving.chunk)
+
+    def _extended(self, tracked: Tracked) -> int:
+        """Bring the chain up to the request's tokens; how many whole chunks it has."""
+        chain, request = tracked.chain, tracked.request
+        whole = request.num_tokens // self._options.chunk_tokens
+        if whole > len(chain.hashes):
+            chain.extend(request.all_token_ids[chain.tokens : whole * self._options.chunk_tokens])
+        return len(chain.hashes)
+
+
+async def _check(store: Store) -> None:
+    try:
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            await store.check()
+    except TimeoutError:
+        raise Unavailable(
+            f"{store.name} did not answer in {CHECK_TIMEOUT_S:.0f} s.", "is the address right?"
+        ) from None
