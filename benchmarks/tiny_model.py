@@ -28,7 +28,7 @@ class ModelShape:
     """Sizes of the model; `head_size` is one that vLLM's CPU attention has (32, 64, 128, ...)."""
 
     layers: int = 4
-    heads: int = 4
+    heads: int = 8
     kv_heads: int = 2
     head_size: int = 32
     hidden: int = 128
@@ -36,7 +36,8 @@ class ModelShape:
     vocab: int = 1024
     max_positions: int = 16384
     rope_theta: float = 10000.0
-    attention_gain: float = 2.0  # standard deviation of a query or key entry
+    attention_gain: float = 2.5  # standard deviation of a query or key entry
+    output_gain: float = 4.0  # weight of attention's output against the rest of the stream
     logit_gain: float = 4.0  # standard deviation of a logit
 
 
@@ -92,7 +93,7 @@ def _weights(shape: ModelShape, seed: int) -> dict[str, NDArray[np.float32]]:
             at + "self_attn.q_proj.weight": matrix(q_size, hidden, shape.attention_gain),
             at + "self_attn.k_proj.weight": matrix(kv_size, hidden, shape.attention_gain),
             at + "self_attn.v_proj.weight": matrix(kv_size, hidden),
-            at + "self_attn.o_proj.weight": matrix(hidden, q_size),
+            at + "self_attn.o_proj.weight": matrix(hidden, q_size, shape.output_gain),
             at + "mlp.gate_proj.weight": matrix(shape.intermediate, hidden),
             at + "mlp.up_proj.weight": matrix(shape.intermediate, hidden),
             at + "mlp.down_proj.weight": matrix(hidden, shape.intermediate),
