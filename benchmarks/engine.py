@@ -19,6 +19,7 @@ The report has the same order: `{"engines": [{"start_s", "stop_s", "steps": [...
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -54,7 +55,12 @@ LLM_DEFAULTS: dict[str, Any] = {
     "gpu_memory_utilization": 0.05,  # on the CPU: share of RAM that must be free at the start
     "worker_extension_cls": "benchmarks.engine.PageReader",
 }
-MEASURED = ("objectcache", "vllm:external_prefix_cache", "vllm:prefix_cache", "vllm:num_preemptions")
+MEASURED = (
+    "objectcache",
+    "vllm:external_prefix_cache",
+    "vllm:prefix_cache",
+    "vllm:num_preemptions",
+)
 
 
 class EngineError(RuntimeError):
@@ -111,10 +117,8 @@ def run_to_end(
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
 
 
