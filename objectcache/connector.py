@@ -8,6 +8,7 @@ import objectcache.version  # noqa: F401  refuses a vLLM that lacks what is impo
 
 # isort: split
 import torch
+import vllm
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -18,14 +19,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
-from objectcache import identity
+from objectcache import identity, support
 from objectcache.config import parse
+from objectcache.errors import Misconfigured
 from objectcache.keys import Namespace
 from objectcache.messages import StepCommands, StepReport, WorkerPlace
 from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
 from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
+from objectcache.weights import LoraDigests, Weights
 from objectcache.worker import WorkerHalf
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ if TYPE_CHECKING:
 class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     """Prefix KV in object storage. Options: docs/OPTIONS.md.
 
-    Where the engine's KV cannot be cached (see identity.refusal) both halves stay None: vLLM works
+    Where the engine's KV cannot be cached (see support.refusal) both halves stay None: vLLM works
     as without a connector, and one warning says why.
     """
 
@@ -55,12 +58,17 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
-        self._loras = identity.LoraDigests()
-        self._refusal = identity.refusal(vllm_config, kv_cache_config)
-        if self._refusal is None:
-            identity.require_whole_chunks(kv_cache_config, self._options.chunk_tokens)
-        elif role is KVConnectorRole.SCHEDULER:
-            log.warning("objectcache stays out of this engine: %s", self._refusal)
+        self._loras = LoraDigests()
+        self._refusal = support.refusal(vllm_config, kv_cache_config)
+        if self._refusal is not None:
+            if role is KVConnectorRole.SCHEDULER:
+                log.warning("objectcache stays out of this engine: %s", self._refusal)
+            return
+        self._block_tokens = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        _require_whole_blocks(self._options.chunk_tokens, self._block_tokens)
+        if role is KVConnectorRole.SCHEDULER:
+            self._model = identity.model_facts(vllm_config, self._options.model_id)
+            _log_cost(self._model.weights)
 
     # ---- both roles
 
@@ -106,7 +114,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler = SchedulerHalf(
             self._options,
             self._name_engine(places, reset=None),
-            block_tokens=identity.block_tokens(self._kv_cache_config),
+            block_tokens=self._block_tokens,
             ranks=len(places),
             shards=places[0].shards,
             loads=transfer.is_kv_consumer,
@@ -117,12 +125,18 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.check()
 
     def _name_engine(self, places: list[WorkerPlace], reset: str | None) -> Namespace:
+        if any(place.facts != places[0].facts for place in places):
+            raise Misconfigured(
+                "the ranks of this engine keep their KV in different ways.",
+                "run all ranks on hosts of one kind.",
+            )
+        model = self._model.facts if reset is None else self._model.facts | {"reset": reset}
         namespace = identity.engine_namespace(
-            self._vllm_config,
-            self._kv_cache_config,
-            self._options,
-            [place.facts for place in places],
-            reset,
+            model,
+            places[0].facts,
+            self._block_tokens,
+            self._options.chunk_tokens,
+            vllm.__version__,
         )
         log.info("objectcache keeps this engine's chunks under %s", namespace.name)
         return namespace
@@ -130,11 +144,12 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def on_new_request(self, request: "Request") -> None:
         if self._scheduler is None:
             return
-        who = identity.request_identity(request, self._loras)
+        media = support.media_is_bidirectional(self._vllm_config)
+        who = identity.request_identity(request, self._loras, media)
         if isinstance(who, str):
             log.debug("objectcache leaves request %s alone: %s", request.request_id, who)
         else:
-            self._scheduler.added(request, who.root, who.items)
+            self._scheduler.added(request, who.root, who.items, who.may_load)
 
     def get_num_new_matched_tokens(
         self, request: "Request", num_computed_tokens: int
@@ -195,19 +210,17 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         if self._refusal is not None:
             return
-        from vllm.distributed import get_tensor_model_parallel_rank
-
         facts = identity.worker_facts(self._vllm_config, self._kv_cache_config, kv_caches)
-        rank = get_tensor_model_parallel_rank()
-        replicas = self._kv_cache_config.kv_tp_replicas
         world = self._vllm_config.parallel_config.tensor_parallel_size
+        rank = self._vllm_config.parallel_config.rank % world  # there is one pipeline stage
+        replicas = self._kv_cache_config.kv_tp_replicas
         self._place = WorkerPlace(facts, rank // replicas, world // replicas)
         names, pages = layer_pages(self._kv_cache_config, kv_caches)
         self._worker = WorkerHalf(
             self._options,
             names,
             pages,
-            identity.block_tokens(self._kv_cache_config),
+            self._block_tokens,
             self._place.shard,
             self._place.shards,
             writes=rank % replicas == 0,
@@ -250,3 +263,28 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None
+
+
+def _require_whole_blocks(chunk_tokens: int, block_tokens: int) -> None:
+    if chunk_tokens % block_tokens:
+        near = max(1, round(chunk_tokens / block_tokens)) * block_tokens
+        raise Misconfigured(
+            f"option 'chunk_tokens' is {chunk_tokens}, not a multiple of the engine's block size "
+            f"{block_tokens}.",
+            f"set it to {near}.",
+        )
+
+
+def _log_cost(weights: Weights) -> None:
+    if weights.facts["kind"] == "random":
+        log.warning(
+            "objectcache: the weights are random (load_format=dummy), so nothing is shared with "
+            "other engines. hint: set model_id if that is what you want."
+        )
+    if weights.hashed_files:
+        log.info(
+            "objectcache identified the weights by their content: %d files, %d bytes, %.1f s",
+            weights.hashed_files,
+            weights.hashed_bytes,
+            weights.hashed_seconds,
+        )

@@ -42,6 +42,7 @@ class Tracked:
 
     request: Any
     chain: ChunkChain
+    may_load: bool = True
     admission: Admission | None = None
     admitted: bool = False
     local_tokens: int = 0  # what vLLM had itself when it asked last
@@ -127,10 +128,12 @@ class SchedulerHalf:
 
     # ---- a request's life, as vLLM tells it
 
-    def added(self, request: Any, root: bytes, items: Sequence[keys.Item]) -> None:
-        """A request came whose KV may be cached under this root."""
+    def added(
+        self, request: Any, root: bytes, items: Sequence[keys.Item], may_load: bool = True
+    ) -> None:
+        """A request came whose KV may be cached under this root, and perhaps loaded."""
         chain = ChunkChain(root, self._options.chunk_tokens, items)
-        tracked = Tracked(request, chain)
+        tracked = Tracked(request, chain, may_load=may_load)
         self._requests[request.request_id] = tracked
         self._look_up(tracked, time.monotonic())
 
@@ -250,7 +253,7 @@ class SchedulerHalf:
         request = tracked.request
         claimable = loadable(request.num_tokens, self._block_tokens)
         chunks = min(-(-claimable // self._options.chunk_tokens), self._extended(tracked))
-        if not self._loads or chunks == 0 or request.skip_reading_prefix_cache:
+        if not self._loads or not tracked.may_load or chunks == 0:
             return
         hashes = tracked.chain.hashes[:chunks]
         known = self._known.prefix(hashes, now)

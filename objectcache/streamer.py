@@ -166,7 +166,7 @@ async def _until_first_failure(reads: "list[asyncio.Future[None]]", deadline: fl
         return
 
 
-def _leading(outcomes: "list[None | BaseException]") -> tuple[int, ObjectCacheError | None]:
+def _leading(outcomes: "list[BaseException | None]") -> tuple[int, ObjectCacheError | None]:
     """How many leading reads succeeded, and why the next one did not."""
     for count, outcome in enumerate(outcomes):
         if outcome is None:
