@@ -91,7 +91,7 @@ def identify_weights(vllm_config: Any, model_id: str = "") -> Weights:
             raise _unnamed("the model's directory holds no weight files")
         named = {"kind": "files", "blake3": digest.hex(), **facts}
         return Weights(named, len(files), size, time.monotonic() - started)
-    commit = _hub_commit(model)
+    commit = _hub_commit(model, getattr(load, "download_dir", None))
     if commit is None:
         raise _unnamed("the revision of the model on the Hub is not known")
     return Weights({"kind": "hub", "repo": str(model.model), "commit": commit, **facts})
@@ -105,21 +105,24 @@ def _unnamed(why: str) -> Misconfigured:
     )
 
 
-def _hub_commit(model: Any) -> str | None:
-    """Commit of the model on the Hub, resolved by vLLM or found in the local Hub cache."""
-    if _COMMIT.fullmatch(str(model.revision or "")):
-        return str(model.revision)
-    if getattr(model, "hf_config_path", None) in (None, model.model):
-        commit = getattr(model.hf_config, "_commit_hash", None)
-        if commit is not None and _COMMIT.fullmatch(str(commit)):
-            return str(commit)
-    from huggingface_hub import try_to_load_from_cache  # comes with vllm
+def _hub_commit(model: Any, download_dir: str | None) -> str | None:
+    """Commit of the model on the Hub: pinned, or what the Hub cache resolved its revision to."""
+    revision = str(model.revision or "main")
+    if _COMMIT.fullmatch(revision):
+        return revision
+    if download_dir is None:
+        from huggingface_hub.constants import HF_HUB_CACHE  # comes with vllm
 
-    for name in ("config.json", "params.json"):
-        found = try_to_load_from_cache(model.model, name, revision=model.revision)
-        if isinstance(found, str) and (match := _SNAPSHOT.search(found)):
-            return match[2]
-    return None
+        download_dir = HF_HUB_CACHE
+    cache = Path(download_dir, "models--" + str(model.model).replace("/", "--"))
+    try:
+        commit = (cache / "refs" / revision).read_text().strip()
+    except OSError:
+        # Older versions of transformers say it themselves.
+        commit = str(getattr(model.hf_config, "_commit_hash", None))
+        if getattr(model, "hf_config_path", None) not in (None, model.model):
+            return None  # that is the commit of another repository
+    return commit if _COMMIT.fullmatch(commit) else None
 
 
 def _weight_files(path: Path) -> list[tuple[str, Path]]:
