@@ -28,6 +28,8 @@ from typing import Any
 CEPH_PACKAGES = ("radosgw", "ceph-mon", "ceph-osd")  # of Debian or Ubuntu
 CEPH_BINARIES = ("radosgw", "radosgw-admin", "ceph-mon", "ceph-osd", "monmaptool", "ceph")
 REGION = "us-east-1"
+ACCESS_KEY = "objectcache"
+SECRET_KEY = secrets.token_hex(16)  # one for all servers of this process, so one environment fits
 _START_LIMIT_S = 60.0
 _STOP_LIMIT_S = 5.0
 _LOG_TAIL_BYTES = 2000
@@ -45,8 +47,6 @@ class Server:
     def __init__(self, root: Path, bucket: str) -> None:
         self.root = root
         self.bucket = bucket
-        self.access_key = "objectcache"
-        self.secret_key = secrets.token_hex(16)
         self.port = 0  # from the first start on
 
     @property
@@ -57,8 +57,8 @@ class Server:
     def env(self) -> dict[str, str]:
         """What a client process needs to reach it, by the standard AWS chain."""
         return {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
             "AWS_DEFAULT_REGION": REGION,
             "AWS_REGION": REGION,
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
@@ -66,14 +66,14 @@ class Server:
 
     def client(self) -> Any:
         """A boto3 client, for set-up."""
-        import boto3
-        from botocore.config import Config
+        import boto3  # type: ignore[import-untyped]
+        from botocore.config import Config  # type: ignore[import-untyped]
 
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
-            aws_access_key_id=self.access_key,
-            aws_secret_access_key=self.secret_key,
+            aws_access_key_id=ACCESS_KEY,
+            aws_secret_access_key=SECRET_KEY,
             region_name=REGION,
             config=Config(
                 retries={"total_max_attempts": 1},
@@ -111,7 +111,10 @@ class Server:
 
     def _wait_for_bucket(self, still_alive: Callable[[], None]) -> None:
         """Until an object can be written and removed. Creates the bucket if it is not there."""
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import (  # type: ignore[import-untyped]
+            BotoCoreError,
+            ClientError,
+        )
 
         key = f"ready-{uuid.uuid4().hex}"
         until = time.monotonic() + _START_LIMIT_S
@@ -161,21 +164,20 @@ class SeaweedFS(Server):
     def _child_env(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
         return kept | {
-            "AWS_ACCESS_KEY_ID": self.access_key,
-            "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
+            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
         }
 
     def _command(self, weed: str) -> list[str]:
-        names = ("s3.port", "s3.port.grpc", "master.port", "master.port.grpc", "volume.port")
-        names += ("volume.port.grpc", "filer.port", "filer.port.grpc", "admin.port")
-        ports = dict(zip((*names, "admin.port.grpc"), self._ports, strict=True))
+        parts = [f"{part}.port" for part in ("s3", "master", "volume", "filer", "admin")]
+        names = [*parts, *(f"{part}.grpc" for part in parts)]
         return [
             *(weed, "mini", f"-dir={self.root}", f"-bucket={self.bucket}"),
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             "-master.telemetry=false",  # it reports to the Internet otherwise
             *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             "-volume.preStopSeconds=0",
-            *(f"-{name}={port}" for name, port in ports.items()),
+            *(f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)),
         ]
 
 
@@ -226,7 +228,7 @@ class RadosGW(Server):
         self._do("ceph", "--connect-timeout", "30", "osd", "new", osd)
         self._do("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         self._cluster.append(self._daemon("ceph-osd", "-i", "0"))
-        keys = ("--access-key", self.access_key, "--secret-key", self.secret_key)
+        keys = ("--access-key", ACCESS_KEY, "--secret-key", SECRET_KEY)
         user = ("user", "create", "--uid", "objectcache", "--display-name", "objectcache")
         self._do("radosgw-admin", "-n", "client.rgw", *user, *keys)
 
@@ -303,7 +305,7 @@ class _Process:
     """A child in its own process group, with its output in `log`. Killed with this process."""
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
-        self._log = log
+        self._name, self._log = command[0], log
         with log.open("ab") as output:
             self._child = subprocess.Popen(
                 command,
@@ -321,7 +323,7 @@ class _Process:
         if self._child.poll() is None:
             return
         raise ServerError(
-            f"{self._child.args[0]} ended with {self._child.returncode}. "  # type: ignore[index]
+            f"{self._name} ended with {self._child.returncode}. "
             f"The end of its log {self._log}:\n{_tail(self._log)}"
         )
 
