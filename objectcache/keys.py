@@ -33,7 +33,7 @@ _ROOT_TAG = b"objectcache.root.1"
 _CHUNK_TAG = b"objectcache.chunk1"
 _KEY = re.compile(
     r"(?P<namespace>[A-Za-z0-9._-]+)/(?P<fan>[0-9a-f]{2})/"
-    r"(?P<hash>[0-9a-f]{64})\.r(?P<rank>0|[1-9]\d{0,5})of(?P<world>[1-9]\d{0,5})"
+    r"(?P<hash>[0-9a-f]{64})\.r(?P<rank>0|[1-9][0-9]{0,5})of(?P<world>[1-9][0-9]{0,5})"
 )
 
 

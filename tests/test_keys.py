@@ -289,7 +289,14 @@ def test_only_keys_that_we_make_are_read(key: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [("/00/", "/01/"), (".r0of2", ".r2of2"), (".r0of2", ".r00of2"), (".r0", ".R0"), ("of2", "")],
+    [
+        ("/00/", "/01/"),
+        (".r0of2", ".r2of2"),
+        (".r0of2", ".r00of2"),
+        (".r0", ".R0"),
+        ("of2", ""),
+        ("of2", "of2٣"),
+    ],
 )
 def test_a_key_that_we_cannot_have_made_is_not_read(change: tuple[str, str]) -> None:
     key = object_key("n", bytes(32), 0, 2)
