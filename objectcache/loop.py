@@ -65,15 +65,24 @@ class LoopThread:
         self._thread.join(timeout_s + 1.0)
 
     async def _end(self, last: Coroutine[Any, Any, object] | None, timeout_s: float) -> None:
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
         try:
             async with asyncio.timeout(timeout_s):
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await self._end_tasks()
                 if last is not None:
                     await last
         except TimeoutError:
             pass  # the process ends anyway; what hangs is the server's
         finally:
+            if last is not None:
+                last.close()  # if it never began
             self._loop.stop()
+
+    async def _end_tasks(self) -> None:
+        while self._tasks:  # the end of one may start another
+            # A task that is cancelled before its first step never runs, its `finally` neither.
+            await asyncio.sleep(0)
+            tasks = list(self._tasks)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
