@@ -119,10 +119,12 @@ class Streamer:
             self._finish(job, 0, None)
             self._pump()
         elif job.work is not None:
-            job.work.cancel()
+            # Next turn: a task that is cancelled before its first step never runs, and here it
+            # would neither report nor give its slots back.
+            asyncio.get_running_loop().call_soon(job.work.cancel)
 
     async def _run(self, job: StageJob) -> None:
-        reads = [
+        reads: list[asyncio.Future[None]] = [
             asyncio.ensure_future(self._read(key, chunk_hash, slot))
             for key, chunk_hash, slot in zip(job.keys, job.chunk_hashes, job.slots, strict=True)
         ]
@@ -130,13 +132,11 @@ class Streamer:
             await _until_first_failure(reads, job.deadline)
         except asyncio.CancelledError:
             job.cancelled = True  # by _cancel or by the end of the loop: the slots go back below
-        finally:
-            for read in reads:
-                read.cancel()
-            # A slot may be reused only when nothing writes to it any more.
-            outcomes = await asyncio.gather(*reads, return_exceptions=True)
-            came, error = _leading(outcomes)
-            self._finish(job, *((0, None) if job.cancelled else (came, error)))
+        for read in reads:
+            read.cancel()
+        # A slot may be reused only when nothing writes to it any more.
+        outcomes = await _outcomes(reads)
+        self._finish(job, *((0, None) if job.cancelled else _leading(outcomes)))
 
     async def _read(self, key: str, chunk_hash: bytes, slot: int) -> None:
         view = self._slot_view(slot)[: self._layout.object_bytes]
@@ -164,6 +164,16 @@ async def _until_first_failure(reads: "list[asyncio.Future[None]]", deadline: fl
                     return
     except TimeoutError:
         return
+
+
+async def _outcomes(reads: "list[asyncio.Future[None]]") -> "list[BaseException | None]":
+    """How each read ended, once all have; also if the caller is cancelled meanwhile."""
+    while pending := [read for read in reads if not read.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            continue  # whoever cancels gets its wish: this ends when the reads do
+    return [asyncio.CancelledError() if read.cancelled() else read.exception() for read in reads]
 
 
 def _leading(outcomes: "list[BaseException | None]") -> tuple[int, ObjectCacheError | None]:
