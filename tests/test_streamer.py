@@ -1,0 +1,366 @@
+"""The way in: what a stage job brings, leaves out and gives back, whatever the store does."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from fakes import LAYOUT, ScriptedStore, chunk_hash, eventually, loop_thread, sealed
+
+from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
+from objectcache.ring import Ring
+from objectcache.streamer import StageResult, Streamer
+
+LOAD_SLOTS = 6
+POISON = b"\xaa"
+
+
+def key(number: int) -> str:
+    return f"chunk/{number}"
+
+
+class Rig:
+    """A streamer over a scripted store; chunk n is at key(n)."""
+
+    def __init__(self, loop, timeout_s: float = 5.0, slots: int = 8) -> None:
+        self.loop = loop
+        self.store = ScriptedStore()
+        self.ring = Ring(slots)
+        assert slots != 8 or self.ring.load_slots == LOAD_SLOTS
+        self.memory = [bytearray(POISON * LAYOUT.object_bytes) for _ in range(slots)]
+        self.results: queue.Queue[StageResult] = queue.Queue()
+        self.streamer = Streamer(
+            loop,
+            self.store,
+            LAYOUT,
+            self.ring,
+            lambda slot: memoryview(self.memory[slot]),
+            timeout_s,
+            self.results.put,
+        )
+
+    def fill(self, *numbers: int) -> None:
+        for number in numbers:
+            self.store.put(key(number), sealed(number))
+
+    def stage(self, job: int, *numbers: int) -> None:
+        self.streamer.stage(job, [key(n) for n in numbers], [chunk_hash(n) for n in numbers])
+
+    def result(self, timeout_s: float = 5.0) -> StageResult:
+        return self.results.get(timeout=timeout_s)
+
+    def give_back(self, result: StageResult) -> None:
+        self.ring.release(result.slots)
+        self.streamer.room()
+
+    def holds(self, slot: int, number: int) -> bool:
+        return bytes(self.memory[slot]) == sealed(number)
+
+    def quiet(self) -> bool:
+        return eventually(lambda: self.ring.leased == 0 and self.store.busy == 0)
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    with loop_thread() as loop:
+        made = Rig(loop)
+        yield made
+        assert made.quiet(), "the ledger does not return to zero"
+    assert made.results.empty(), "a job reported twice, or unasked"
+
+
+@pytest.fixture
+def hasty() -> Iterator[Rig]:
+    """A rig whose jobs have 0.15 s."""
+    with loop_thread() as loop:
+        made = Rig(loop, timeout_s=0.15)
+        yield made
+        assert made.quiet(), "the ledger does not return to zero"
+    assert made.results.empty(), "a job reported twice, or unasked"
+
+
+def check_brought(rig: Rig, result: StageResult, *numbers: int) -> None:
+    """The job brought exactly these chunks; give them back."""
+    assert len(result.slots) == len(numbers)
+    assert all(rig.holds(slot, number) for slot, number in zip(result.slots, numbers, strict=True))
+    assert rig.ring.leased >= len(numbers)
+    rig.give_back(result)
+
+
+def test_all_chunks_come_verified_in_prefix_order(rig: Rig) -> None:
+    rig.fill(1, 2, 3)
+    rig.stage(7, 1, 2, 3)
+    result = rig.result()
+    assert (result.job, result.error, result.failed_key) == (7, None, "")
+    check_brought(rig, result, 1, 2, 3)
+
+
+def test_chunks_are_read_at_the_same_time_by_one_get_each(rig: Rig) -> None:
+    rig.fill(1, 2, 3)
+    gate = threading.Event()
+    for number in (1, 2, 3):
+        rig.store.script("read", key(number), gate=gate)
+    rig.stage(1, 1, 2, 3)
+    assert eventually(lambda: rig.store.busy == 3)
+    gate.set()
+    check_brought(rig, rig.result(), 1, 2, 3)
+    assert rig.store.calls == [("read", key(n)) for n in (1, 2, 3)]
+
+
+def test_an_empty_job_reports_at_once(rig: Rig) -> None:
+    rig.stage(1)
+    assert rig.result() == StageResult(1, [], None, "")
+
+
+def test_a_hole_ends_the_prefix_there(rig: Rig) -> None:
+    rig.fill(1, 2, 4, 5)
+    rig.stage(1, 1, 2, 3, 4, 5)
+    result = rig.result()
+    assert isinstance(result.error, NotFound) and result.failed_key == key(3)
+    check_brought(rig, result, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"flip": LAYOUT.offsets[1] + 5},
+        {"flip": 3},
+        {"error": Denied("no."), "landing": 100},
+        {"error": Unavailable("reset."), "landing": LAYOUT.offsets[2]},
+        {"stops": True, "landing": LAYOUT.object_bytes - 1},
+        {"error": ValueError("a bug in a store")},
+    ],
+    ids=lambda wrong: "-".join(wrong),
+)
+def test_a_chunk_that_fails_ends_the_prefix_there(rig: Rig, wrong: dict) -> None:
+    rig.fill(1, 2, 3)
+    rig.store.script("read", key(2), **wrong)
+    rig.stage(1, 1, 2, 3)
+    result = rig.result()
+    expected = type(wrong.get("error", Corrupt("")))
+    assert type(result.error) is (Unavailable if expected is ValueError else expected)
+    assert result.failed_key == key(2)
+    check_brought(rig, result, 1)
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 10, sealed(2)[:-1], sealed(2) + b"x", sealed(9)])
+def test_an_object_of_another_length_or_chunk_is_corrupt(rig: Rig, body: bytes) -> None:
+    rig.fill(1, 3)
+    rig.store.put(key(2), body)
+    rig.stage(1, 1, 2, 3)
+    result = rig.result()
+    assert isinstance(result.error, Corrupt) and result.failed_key == key(2)
+    check_brought(rig, result, 1)
+
+
+def test_a_failure_at_the_front_does_not_wait_for_what_is_behind(rig: Rig) -> None:
+    rig.fill(2, 3)
+    rig.store.script("read", key(3), gate=threading.Event())
+    rig.stage(1, 1, 2, 3)
+    result = rig.result(timeout_s=1.0)
+    assert isinstance(result.error, NotFound) and result.slots == []
+
+
+def test_a_chunk_behind_that_fails_early_does_not_hurt_a_slow_one_before_it(rig: Rig) -> None:
+    rig.fill(1)
+    gate = threading.Event()
+    rig.store.script("read", key(1), gate=gate)
+    rig.stage(1, 1, 2)
+    assert eventually(lambda: len(rig.store.calls) == 2)
+    time.sleep(0.02)
+    gate.set()
+    check_brought(rig, rig.result(), 1)
+
+
+def test_at_the_deadline_the_chunks_before_the_slow_one_are_kept(hasty: Rig) -> None:
+    hasty.fill(1, 2, 3, 4)
+    hasty.store.script("read", key(3), gate=threading.Event(), landing=4000)
+    began = time.monotonic()
+    hasty.stage(1, 1, 2, 3, 4)
+    result = hasty.result()
+    assert 0.14 <= time.monotonic() - began < 1.0
+    assert isinstance(result.error, Unavailable) and "stage_timeout_ms" in result.error.hint
+    check_brought(hasty, result, 1, 2)
+
+
+def test_a_released_slot_is_never_written_again(rig: Rig) -> None:
+    """A cancelled read that lingers keeps its slot until it ends."""
+    rig.fill(*range(1, 7))
+    for number in (2, 3, 4):
+        rig.store.script("read", key(number), gate=threading.Event(), landing=500, lingers_s=0.1)
+    rig.store.script("read", key(1), error=Unavailable("gone."))
+    rig.stage(1, 1, 2, 3, 4)
+    rig.stage(2, 5, 6, 5, 6, 5, 6)  # needs every slot that job 1 has
+    assert rig.result().slots == []
+    second = rig.result()
+    time.sleep(0.15)  # as long as a stray writer would last
+    check_brought(rig, second, 5, 6, 5, 6, 5, 6)
+
+
+# ---- the ring is full
+
+
+def test_jobs_that_find_no_room_wait_in_their_order(rig: Rig) -> None:
+    rig.fill(*range(1, 10))
+    rig.stage(1, 1, 2, 3, 4)
+    first = rig.result()
+    rig.stage(2, 5, 6, 7)  # needs 3 of the 2 that are free
+    rig.stage(3, 8)  # would fit, but came later
+    time.sleep(0.03)
+    assert rig.results.empty()
+    check_brought(rig, first, 1, 2, 3, 4)
+    results = {result.job: result for result in (rig.result(), rig.result())}
+    assert rig.store.calls[4:] == [("read", key(n)) for n in (5, 6, 7, 8)]
+    check_brought(rig, results[2], 5, 6, 7)
+    check_brought(rig, results[3], 8)
+
+
+def test_slots_that_a_failed_job_gives_back_start_the_next(rig: Rig) -> None:
+    rig.fill(1, 3, 4, 5, 6, 7)
+    gate = threading.Event()
+    rig.store.script("read", key(1), gate=gate)
+    rig.stage(1, 1, 2, 3, 4, 5, 6)
+    rig.stage(2, 5, 6, 7)
+    assert rig.results.empty()
+    gate.set()
+    first, second = rig.result(), rig.result()
+    assert (first.job, second.job) == (1, 2)
+    check_brought(rig, first, 1)
+    check_brought(rig, second, 5, 6, 7)
+
+
+def test_a_job_larger_than_the_ring_brings_what_fits(rig: Rig) -> None:
+    rig.fill(*range(10))
+    rig.stage(1, *range(10))
+    result = rig.result()
+    assert result.error is None
+    check_brought(rig, result, *range(LOAD_SLOTS))
+    assert len(rig.store.calls) == LOAD_SLOTS
+
+
+def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
+    hasty.fill(1, 2)
+    slots = hasty.ring.lease_loads(LOAD_SLOTS)
+    hasty.stage(1, 1)
+    hasty.stage(2, 2)
+    for job in (1, 2):
+        result = hasty.result()
+        assert (result.job, result.slots) == (job, [])
+        assert isinstance(result.error, Unavailable) and "ring_bytes" in result.error.hint
+    hasty.ring.release(slots)
+    hasty.stage(3, 1)
+    check_brought(hasty, hasty.result(), 1)
+
+
+def test_a_job_that_gives_up_waiting_lets_the_next_go(hasty: Rig) -> None:
+    hasty.fill(1, 2)
+    slots = hasty.ring.lease_loads(LOAD_SLOTS - 1)
+    hasty.stage(1, 1, 2)
+    time.sleep(0.1)
+    hasty.stage(2, 2)
+    assert hasty.result().slots == []
+    check_brought(hasty, hasty.result(), 2)
+    hasty.ring.release(slots)
+
+
+# ---- cancel
+
+
+def test_cancel_of_a_job_that_nobody_knows_does_nothing(rig: Rig) -> None:
+    rig.streamer.cancel(5)
+    rig.fill(1)
+    rig.stage(5, 1)
+    check_brought(rig, rig.result(), 1)
+
+
+def test_cancel_right_after_stage(rig: Rig) -> None:
+    """Both commands reach the loop in one turn: the job has not begun."""
+    rig.fill(1, 2)
+    held = threading.Event()
+    rig.loop.call(held.wait)
+    rig.stage(1, 1, 2)
+    rig.streamer.cancel(1)
+    held.set()
+    assert rig.result() == StageResult(1, [], None, "")
+
+
+@pytest.mark.parametrize("turns", range(12))
+def test_cancel_at_any_turn_of_the_loop(rig: Rig, turns: int) -> None:
+    """Whenever it comes, the job reports once, and all slots go back."""
+    rig.fill(1, 2)
+
+    def later(left: int) -> None:
+        if left:
+            rig.loop.call(later, left - 1)
+        else:
+            rig.streamer.cancel(1)
+
+    held = threading.Event()
+    rig.loop.call(held.wait)
+    rig.stage(1, 1, 2)
+    rig.loop.call(later, turns)
+    held.set()
+    result = rig.result()
+    if result.slots:
+        check_brought(rig, result, 1, 2)
+
+
+def test_cancel_while_chunks_arrive(rig: Rig) -> None:
+    rig.fill(1, 2)
+    rig.store.script("read", key(2), gate=threading.Event(), landing=4200, lingers_s=0.02)
+    rig.stage(1, 1, 2)
+    assert eventually(lambda: len(rig.store.calls) == 2)
+    rig.streamer.cancel(1)
+    assert rig.result() == StageResult(1, [], None, "")
+
+
+def test_cancel_while_a_failed_job_clears_up(rig: Rig) -> None:
+    """The job failed already, and waits for a read that takes its time to end."""
+    rig.fill(2)
+    rig.store.script("read", key(2), gate=threading.Event(), landing=10, lingers_s=0.1)
+    rig.stage(1, 1, 2)
+    assert eventually(lambda: rig.store.busy == 0 and len(rig.store.calls) == 2)
+    time.sleep(0.02)
+    assert rig.results.empty()
+    rig.streamer.cancel(1)
+    rig.streamer.cancel(1)
+    rig.stage(2, 2, 2, 2, 2, 2, 2)  # needs all slots, also the one that still is written to
+    assert rig.result() == StageResult(1, [], None, "")
+    rig.streamer.cancel(2)
+    assert rig.result() == StageResult(2, [], None, "")
+
+
+def test_cancel_after_the_report_leaves_the_slots_to_the_caller(rig: Rig) -> None:
+    rig.fill(1)
+    rig.stage(1, 1)
+    result = rig.result()
+    rig.streamer.cancel(1)
+    time.sleep(0.01)
+    check_brought(rig, result, 1)
+
+
+def test_cancel_of_a_waiting_job_lets_the_next_go(rig: Rig) -> None:
+    rig.fill(1, 2)
+    slots = rig.ring.lease_loads(LOAD_SLOTS - 1)
+    rig.stage(1, 1, 2)
+    rig.stage(2, 2)
+    rig.streamer.cancel(1)
+    assert rig.result() == StageResult(1, [], None, "")
+    check_brought(rig, rig.result(), 2)
+    rig.ring.release(slots)
+    assert rig.store.calls == [("read", key(2))]
+
+
+def test_the_end_of_the_loop_gives_every_slot_back() -> None:
+    """Also those of a job that gets its room only because another was ended."""
+    with loop_thread() as loop:
+        rig = Rig(loop)
+        rig.fill(*range(1, 7))
+        for number in range(1, 7):
+            rig.store.script("read", key(number), gate=threading.Event(), landing=10)
+        rig.stage(1, *range(1, 7))
+        rig.stage(2, *range(1, 7))
+        rig.stage(3, 1)
+        assert eventually(lambda: rig.store.busy == 6)
+    assert rig.ring.leased == 0 and rig.store.busy == 0
