@@ -1,8 +1,9 @@
 """A bucket as a store, by aiobotocore. What a failure means: see s3_errors.py.
 
 One loop of attempts (`_attempts`) serves all requests; botocore's own retries are off, so that
-`attempts`, pauses, counters and the time limit have one meaning. A request holds one of
-`max_connections` slots while it runs. A body is received on the loop, straight into the caller's
+`attempts`, pauses, counters and the time limit have one meaning. (Below us, aiohttp repeats a
+request once if its connection ends without an answer, and botocore follows a bucket to another
+region; neither is counted.) A request holds one of `max_connections` slots while it runs. A body is received on the loop, straight into the caller's
 memory, so a cancelled read never writes again.
 """
 

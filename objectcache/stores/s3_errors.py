@@ -212,13 +212,14 @@ def _judge_transport(exc: BaseException, what: str, place: Place) -> Verdict:
         boto.HTTPClientError
     ):  # raised where aiobotocore loads the CA file
         return Verdict(Misconfigured("the CA bundle cannot be read.", _CA_HINT))
-    if isinstance(exc, (boto.ConnectTimeoutError, boto.EndpointConnectionError)):
+    # aiobotocore says "cannot connect" of a connection that was reset later, too.
+    if isinstance(exc, boto.ConnectTimeoutError) or isinstance(inner, aiohttp.ClientConnectorError):
         return Verdict(
             Unavailable(f"{what}: cannot connect to {place.endpoint}.", _REACH_HINT), retry=True
         )
     if isinstance(exc, (boto.ReadTimeoutError, TimeoutError)):
         return Verdict(Unavailable(f"{what}: {place.endpoint} did not answer in time."), retry=True)
-    if isinstance(exc, (boto.HTTPClientError, aiohttp.ClientError, OSError)):
+    if isinstance(exc, (boto.ConnectionError, boto.HTTPClientError, aiohttp.ClientError, OSError)):
         return Verdict(
             Unavailable(f"{what}: the connection to {place.endpoint} broke."), retry=True
         )
