@@ -109,7 +109,12 @@ def test_the_models_config_is_in_the_name(
 
 
 def test_the_models_dtype_is_in_the_name(model_dir: Path, base: Any) -> None:
-    assert _namespace(engine_config(model_dir, dtype="float16")) != _namespace(base)
+    worker = _worker(base)
+    names = {
+        _namespace(engine_config(model_dir, dtype=dtype, kv_cache_dtype="float16"), worker).name
+        for dtype in ("float16", "bfloat16")
+    }
+    assert len(names) == 2
 
 
 @pytest.mark.parametrize(
@@ -148,11 +153,17 @@ def test_patch_releases_share_chunks(base: Any, patch: str) -> None:
     assert _namespace(base, version=patch) == _namespace(base)
 
 
-def _fp8() -> Any:
+def _bytes(mode: str) -> Any:
     import torch
     from vllm.v1.kv_cache_interface import KVQuantMode
 
-    return layer_spec(dtype=torch.uint8, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+    return layer_spec(dtype=torch.uint8, kv_quant_mode=KVQuantMode[mode])
+
+
+def test_the_meaning_of_quantised_bytes_is_in_the_name(base: Any) -> None:
+    modes = ("NONE", "FP8_PER_TENSOR", "INT8_PER_TOKEN_HEAD")
+    names = {_namespace(base, _worker(base, kv_cache_config(_bytes(mode)))).name for mode in modes}
+    assert len({*names, _namespace(base).name}) == 4
 
 
 @pytest.mark.parametrize(
@@ -163,7 +174,6 @@ def _fp8() -> Any:
         lambda config: _worker(config, split=2),
         lambda config: _worker(config, kv_cache_config(kv_cache_layout="LBNHC")),
         lambda config: _worker(config, kv_cache_config(kv_tp_replicas=2)),
-        lambda config: _worker(config, kv_cache_config(_fp8())),
         lambda config: _worker(config, kv_cache_config(layer_spec(num_kv_heads=1))),
         lambda config: _worker(config, kv_cache_config(layer_spec(head_size=64))),
         lambda config: _worker(config, kv_cache_config(layer_spec(sliding_window=128))),
@@ -174,7 +184,6 @@ def _fp8() -> Any:
         "kernel-block",
         "page-order",
         "replicas",
-        "kv-dtype",
         "heads",
         "head-size",
         "window",

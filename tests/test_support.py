@@ -115,6 +115,7 @@ def _indexer() -> Any:
         (lambda: _with_group(is_eagle_group=True), "draft"),
         (lambda: _with_group(host_resident=True), "HiSparse"),
         (lambda: _with_group(enable_kv_transfer=False), "HiSparse"),
+        (lambda: _with_group(role=Fake(value="hisparse_source")), "HiSparse"),
         (lambda: kv_cache_config(hisparse_host_num_blocks=1), "HiSparse"),
         (lambda: kv_cache_config(kv_cache_layout="LHBNC"), "LHBNC scatters"),
         (lambda: kv_cache_config(kv_cache_layout="BHLNC"), "BHLNC scatters"),

@@ -49,7 +49,7 @@ def _flip_last_byte(path: Path) -> None:
     [
         lambda folder: _flip_last_byte(folder / "model-2.safetensors"),
         lambda folder: _flip_last_byte(folder / "quant.json"),
-        lambda folder: (folder / "model-1.safetensors").rename(folder / "model-3.safetensors"),
+        lambda folder: (folder / "model-2.safetensors").rename(folder / "model-3.safetensors"),
         lambda folder: (folder / "extra.bin").write_bytes(b""),
         lambda folder: (folder / "model-1.safetensors").unlink(),
         lambda folder: (folder / "modeling_mine.py").write_text("x = 1"),
