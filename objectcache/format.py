@@ -22,6 +22,21 @@ _FIXED = struct.Struct("<8sHHIQIIIIII32s32s16s")
 _ENTRY = struct.Struct("<QQ16s")
 _CHECKSUM_OFFSET = _FIXED.size - 16
 _NO_CHECKSUM = bytes(16)
+_FIELDS = (
+    "magic",
+    "version",
+    "checksum kind",
+    "header size",
+    "object size",
+    "number of layers",
+    "chunk_tokens",
+    "block_tokens",
+    "shard",
+    "number of shards",
+    "reserved field",
+    "namespace",
+    "chunk",
+)
 
 
 def checksum(data: bytes | memoryview) -> bytes:
@@ -104,25 +119,28 @@ class ObjectLayout:
             _ENTRY.unpack_from(header, _FIXED.size + _ENTRY.size * layer)[2]
             for layer in range(len(self.slice_bytes))
         ]
-        if self.header(chunk_hash, sums) != header:
-            raise Corrupt(
-                f"The header is not that of chunk {chunk_hash.hex()[:16]}: {_why(header)}."
-            )
+        expected = self.header(chunk_hash, sums)
+        if expected != header:
+            why = _why(bytes(header), expected)
+            raise Corrupt(f"The header is not that of chunk {chunk_hash.hex()[:16]}: {why}.")
         return sums
 
 
-def _why(header: memoryview) -> str:
+def _why(header: bytes, expected: bytes) -> str:
     """Why a header that differs from the expected one does so, for people."""
-    if bytes(header[:8]) != MAGIC:
+    found = dict(zip(_FIELDS, _FIXED.unpack_from(header), strict=False))
+    wanted = dict(zip(_FIELDS, _FIXED.unpack_from(expected), strict=False))
+    if found["magic"] != MAGIC:
         return "it is not an object of objectcache"
-    version = struct.unpack_from("<H", header, 8)[0]
-    if version != VERSION:
-        return f"it has format version {version}, this reads {VERSION}"
-    found = bytearray(header)
-    found[_CHECKSUM_OFFSET : _FIXED.size] = _NO_CHECKSUM
-    if checksum(bytes(found)) != bytes(header[_CHECKSUM_OFFSET : _FIXED.size]):
+    if found["version"] != VERSION:
+        return f"it has format version {found['version']}, this reads {VERSION}"
+    if found["checksum kind"] != CHECKSUM_XXH3_128:
+        return f"it has checksums of kind {found['checksum kind']}, this knows {CHECKSUM_XXH3_128}"
+    blank = header[:_CHECKSUM_OFFSET] + _NO_CHECKSUM + header[_FIXED.size :]
+    if checksum(blank) != header[_CHECKSUM_OFFSET : _FIXED.size]:
         return "its checksum is wrong"
-    return "it belongs to another chunk, shard or namespace"
+    other = [name for name in _FIELDS if found[name] != wanted[name]]
+    return f"it has another {', another '.join(other)}" if other else "its slices lie elsewhere"
 
 
 class Verifier:
