@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+STOP_LIMIT_S = 6.0  # vLLM gives its own processes 5 s
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -102,7 +103,7 @@ def run_to_end(
 ) -> int | None:
     """Run a command with its output in `log`; return its exit status, None if it took too long.
 
-    It leads a process group, and whatever is left of that group is killed, also on Ctrl-C.
+    It leads a process group. Whatever is left of that group is ended, also on Ctrl-C.
     """
     with log.open("ab") as output:
         child = subprocess.Popen(
@@ -117,7 +118,14 @@ def run_to_end(
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
+    # Asked first: a killed vLLM leaves its shared memory behind.
     with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
+        until = time.monotonic() + STOP_LIMIT_S
+        while time.monotonic() < until:
+            child.poll()  # or its zombie keeps the group alive
+            os.killpg(child.pid, 0)
+            time.sleep(0.05)
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
@@ -301,7 +309,11 @@ def _left_behind(threads_before: set[str]) -> dict[str, Any]:
     import psutil
 
     me = psutil.Process()
-    children = [" ".join(child.cmdline()) for child in me.children(recursive=True)]
+    children = [
+        " ".join(child.cmdline())
+        for child in me.children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE
+    ]
     connections = [c for c in me.net_connections("inet") if c.status == psutil.CONN_ESTABLISHED]
     return {
         "threads": sorted({t.name for t in threading.enumerate()} - threads_before),
