@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,18 +23,20 @@ from objectcache.errors import (
     Unavailable,
 )
 from objectcache.stores import open_store
-from objectcache.stores.base import Store
+from objectcache.stores.base import Store, StoreCounters
 
 BODY = os.urandom(600_000)
 QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
-@dataclass
 class Lab:
-    """A bucket with `there` in it, behind a proxy that can break."""
+    """A bucket with `there` in it, behind a proxy that can break, and stores that live on."""
 
-    proxy: FaultProxy
+    def __init__(self, proxy: FaultProxy) -> None:
+        self.proxy = proxy
+        self._runner = asyncio.Runner()
+        self._stores: dict[str, Store] = {}
 
     def run(
         self,
@@ -43,41 +44,58 @@ class Lab:
         limit_s: float = 5.0,
         **options: object,
     ) -> float:
-        """Run `scenario` with a store; the seconds it took, connecting not included."""
+        """Run `scenario` with a store that is connected; the seconds it took."""
+        return self._runner.run(asyncio.wait_for(self._run(scenario, limit_s, options), 60))
+
+    async def _run(
+        self,
+        scenario: Callable[[Store], Awaitable[None]],
+        limit_s: float,
+        options: dict[str, object],
+    ) -> float:
+        store = self._stores.get(repr(options))
+        if store is None:
+            settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
+            store = self._stores[repr(options)] = open_store(parse({**settings, **options}))
         fault, self.proxy.fault = self.proxy.fault, None
         script = list(self.proxy.script)
         self.proxy.script.clear()
-
-        async def opened() -> float:
-            async with _opened(self.proxy.url, "s3://faults/lab", **options) as store:
-                await store.check()
-                self.proxy.requests.clear()
-                self.proxy.fault = fault
-                self.proxy.script.extend(script)
-                began = time.monotonic()
-                await scenario(store)
-                return time.monotonic() - began
-
-        took_s = asyncio.run(asyncio.wait_for(opened(), 60))
+        await store.check()
+        store.counters = StoreCounters()
+        self.proxy.requests.clear()
+        self.proxy.fault = fault
+        self.proxy.script.extend(script)
+        began = time.monotonic()
+        await scenario(store)
+        took_s = time.monotonic() - began
         assert took_s < limit_s
         return took_s
 
+    def close(self) -> None:
+        for store in self._stores.values():
+            self._runner.run(store.close())
+        self._runner.close()
+
 
 @pytest.fixture(scope="module")
-def server_env(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def module_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
         before = dict(os.environ)
         os.environ.update(server.env)
         server.client().put_object(Bucket="faults", Key="lab/there", Body=BODY)
-        yield server.endpoint_url
+        with FaultProxy(server.endpoint_url) as proxy:
+            lab = Lab(proxy)
+            yield lab
+            lab.close()
         os.environ.clear()
         os.environ.update(before)
 
 
 @pytest.fixture
-def lab(server_env: str) -> Iterator[Lab]:
-    with FaultProxy(server_env) as proxy:
-        yield Lab(proxy)
+def lab(module_lab: Lab) -> Lab:
+    module_lab.proxy.fault = None
+    module_lab.proxy.script.clear()
+    return module_lab
 
 
 @asynccontextmanager
@@ -206,7 +224,7 @@ def test_a_broken_body_goes_on_where_it_stopped(lab: Lab, stop: str) -> None:
 
     async def scenario(store: Store) -> None:
         await _read(store)
-        assert store.counters.get_requests == 1 + 3  # check() asked once
+        assert store.counters.get_requests == 3
         assert store.counters.read_bytes == len(BODY)
 
     lab.run(scenario)
@@ -476,7 +494,11 @@ def test_a_server_without_conditional_put_is_noticed_once(
 
     lab.proxy.fault = unconditional_only
 
-    async def scenario(store: Store) -> None:
+    async def scenario(_: Store) -> None:
+        async with _opened(lab.proxy.url) as store:
+            await notice(store)
+
+    async def notice(store: Store) -> None:
         key = f"plain-{time.monotonic_ns()}"
         first = [store.write(f"{key}-{i}", memoryview(BODY)) for i in range(4)]
         assert await asyncio.gather(*first) == [True] * 4

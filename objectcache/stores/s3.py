@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import botocore  # type: ignore[import-untyped]
@@ -25,7 +24,7 @@ from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError, Unavailable
 from objectcache.stores.base import Store, StoreCounters, check_key
-from objectcache.stores.s3_errors import RETRY_AFTER_MAX_S, Place, Verdict, judge
+from objectcache.stores.s3_errors import RETRY_AFTER_MAX_S, Place, Verdict, endpoint_of, judge
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -35,7 +34,7 @@ _PIECE_BYTES = 256 << 10  # of a body being sent: what one send takes, so nothin
 _PAUSE_S = 0.05  # mean of the first pause is half of it; doubles with each attempt
 _THROTTLED_PAUSE_S = 0.25
 _SET_UP_LIMIT_S = 15.0  # for the chain to find credentials: STS and IMDS have limits of minutes
-_SET_UP_PAUSE_S = 5.0  # how long "no credentials" is believed before asking the chain again
+_SET_UP_PAUSE_S = 3.0  # how long "no credentials" is believed before asking the chain again
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _COUNTER = {
     "get_object": "get_requests",
@@ -149,7 +148,7 @@ class S3Store(Store):
         self._options = options
         self._attempts_max = options.attempts
         self._silence_s = (options.connect_timeout_ms + options.read_timeout_ms) / 1000
-        self._place = Place(self.name, self._bucket, _endpoint(options.endpoint_url) or "AWS S3")
+        self._place = Place(self.name, self._bucket, endpoint_of(options.endpoint_url) or "AWS S3")
         # HEADs must not stand in line behind bulk: bodies may use all slots but an eighth.
         self._slots = asyncio.Semaphore(options.max_connections)
         self._bulk_slots = asyncio.Semaphore(
@@ -400,7 +399,7 @@ class S3Store(Store):
                     async with asyncio.timeout(_SET_UP_LIMIT_S):
                         self._client = await self._make_client()
                     self._place = Place(
-                        self.name, self._bucket, _endpoint(self._client.meta.endpoint_url)
+                        self.name, self._bucket, endpoint_of(self._client.meta.endpoint_url)
                     )
                 except Exception as exc:  # judge() re-raises what is no failure of a store
                     error = judge(exc, "set-up", self._place).error
@@ -444,11 +443,3 @@ class S3Store(Store):
 def _pause_s(attempt: int, verdict: Verdict) -> float:
     base_s = _THROTTLED_PAUSE_S if verdict.throttled else _PAUSE_S
     return max(random.random() * base_s * 2.0 ** (attempt - 1), verdict.retry_after_s)
-
-
-def _endpoint(url: str) -> str:
-    """Scheme, host and port of `url`: never what else stands in it."""
-    parts = urlsplit(url)
-    if not parts.hostname:
-        return ""
-    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")

@@ -7,6 +7,7 @@ to sign in error bodies.
 import re
 import ssl
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import aiohttp
 from botocore import exceptions as boto  # type: ignore[import-untyped]
@@ -71,7 +72,16 @@ _THROTTLE_CODES = {
     "ThrottlingException",
     "TooManyRequests",
 }
+_OUR_OPERATIONS = {"GetObject", "HeadObject", "PutObject", "DeleteObject", "ListObjectsV2"}
 _CONFLICT_CODES = {"ConditionalRequestConflict", "OperationAborted"}
+
+
+def endpoint_of(url: str) -> str:
+    """Scheme, host and port of `url`, or "": never what else stands in it."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        return ""
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
 @dataclass(frozen=True)
@@ -108,12 +118,7 @@ def judge(exc: BaseException, what: str, place: Place) -> Verdict:
         ),
         (
             (boto.CredentialRetrievalError, boto.TokenRetrievalError, boto.SSOError),
-            Verdict(
-                Denied(
-                    f"AWS credentials for {place.store} could not be fetched.",
-                    f"{_CHAIN}; its present source failed ({type(exc).__name__}).",
-                )
-            ),
+            _no_credentials(exc, place),
         ),
         (
             (boto.ProfileNotFound, boto.ConfigParseError, boto.InvalidConfigError),
@@ -136,9 +141,11 @@ def judge(exc: BaseException, what: str, place: Place) -> Verdict:
 
 def _judge_answer(exc: boto.ClientError, what: str, place: Place) -> Verdict:
     answer = exc.response
+    if exc.operation_name not in _OUR_OPERATIONS:  # botocore asks STS or SSO on the way to S3
+        return _no_credentials(exc, place)
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
-    code = re.sub(r"[^A-Za-z0-9._-]", "?", str(answer.get("Error", {}).get("Code", "")))[:64]
+    code = _code(exc)
     said = f"{what}: {place.endpoint} answered {status}" + (
         f" {code}." if code and code != str(status) else "."
     )
@@ -169,6 +176,21 @@ def _judge_answer(exc: boto.ClientError, what: str, place: Place) -> Verdict:
         return Verdict(Denied(said, "a HEAD answered so mostly means an expired or foreign token."))
     retry = status >= 500 or code in _CONFLICT_CODES or code == "RequestTimeout"
     return Verdict(Unavailable(said), retry=retry, retry_after_s=_retry_after_s(headers))
+
+
+def _no_credentials(exc: BaseException, place: Place) -> Verdict:
+    told = type(exc).__name__
+    if isinstance(exc, boto.ClientError):
+        told = f"{exc.operation_name}: {_code(exc)}"
+    error = Denied(
+        f"AWS credentials for {place.store} could not be fetched ({told}).",
+        f"{_CHAIN}: check the role, its trust policy and the token of this machine or pod.",
+    )
+    return Verdict(error)
+
+
+def _code(exc: boto.ClientError) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]", "?", str(exc.response.get("Error", {}).get("Code", "")))[:64]
 
 
 def _wrong_region(
@@ -207,25 +229,23 @@ def _judge_tls(exc: boto.SSLError, what: str, place: Place) -> Verdict:
 
 
 def _judge_transport(exc: BaseException, what: str, place: Place) -> Verdict:
-    inner = getattr(exc, "kwargs", {}).get("error") if isinstance(exc, boto.BotoCoreError) else None
+    told = exc.kwargs if isinstance(exc, boto.BotoCoreError) else {}
+    inner, where = told.get("error"), endpoint_of(str(told.get("endpoint_url", "")))
+    where = where or place.endpoint  # STS or IMDS, if that is what did not answer
     if isinstance(inner, (FileNotFoundError, PermissionError, ssl.SSLError)) and type(exc) is (
         boto.HTTPClientError
     ):  # raised where aiobotocore loads the CA file
         return Verdict(Misconfigured("the CA bundle cannot be read.", _CA_HINT))
     # aiobotocore says "cannot connect" of a connection that was reset later, too.
     if isinstance(exc, boto.ConnectTimeoutError) or isinstance(inner, aiohttp.ClientConnectorError):
-        return Verdict(
-            Unavailable(f"{what}: cannot connect to {place.endpoint}.", _REACH_HINT), retry=True
-        )
+        return Verdict(Unavailable(f"{what}: cannot connect to {where}.", _REACH_HINT), retry=True)
     if isinstance(exc, (boto.ReadTimeoutError, TimeoutError)):
-        return Verdict(Unavailable(f"{what}: {place.endpoint} did not answer in time."), retry=True)
+        return Verdict(Unavailable(f"{what}: {where} did not answer in time."), retry=True)
     if isinstance(exc, (boto.ConnectionError, boto.HTTPClientError, aiohttp.ClientError, OSError)):
-        return Verdict(
-            Unavailable(f"{what}: the connection to {place.endpoint} broke."), retry=True
-        )
+        return Verdict(Unavailable(f"{what}: the connection to {where} broke."), retry=True)
     if isinstance(exc, ResponseParserError):
         return Verdict(
-            Unavailable(f"{what}: {place.endpoint} does not answer as S3 does.", _REACH_HINT),
+            Unavailable(f"{what}: {where} does not answer as S3 does.", _REACH_HINT),
             retry=True,
         )
     if isinstance(exc, (boto.BotoCoreError, ValueError)):
