@@ -69,7 +69,7 @@ class Saver:
             self._layout.seal(view, chunk_hash)
             if key in self._spoilt:
                 await self._store.delete(key)
-                del self._spoilt[key]
+                self._spoilt.pop(key, None)  # another upload of it may have been faster
             outcome = "written" if await self._store.write(key, view) else "existed"
             self._breaker.succeeded()
         except ObjectCacheError as failure:
