@@ -32,7 +32,8 @@ class Lookup:
 
     def submit(self, ticket: int, keys: Sequence[str]) -> None:
         """Find out how many leading `keys` exist. From any thread; never blocks."""
-        self._loop.call(lambda: self._loop.spawn(self._run(ticket, list(keys))))
+        names = list(keys)  # now: the caller may go on to change its list
+        self._loop.call(lambda: self._loop.spawn(self._run(ticket, names)))
 
     def poll(self) -> list[LookupResult]:
         """Results since the last call. From any thread; never blocks."""
