@@ -1,0 +1,281 @@
+"""Copies between slots and pages, on a CPU and on a GPU: the right bytes, in the right pages, and only there."""
+
+import random
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from objectcache.device import Copies, CpuCopies, CudaCopies, HostSlots, Run, open_copies
+from objectcache.format import ObjectLayout
+
+PAGE_BYTES = (64, 96, 32)
+CHUNK_BLOCKS = 4
+BLOCKS = 40
+SLOTS = 8
+LAYOUT = ObjectLayout(
+    bytes(32), CHUNK_BLOCKS * 2, 2, 0, 1, tuple(size * CHUNK_BLOCKS for size in PAGE_BYTES)
+)
+POISON = 0xEE
+
+
+@dataclass
+class Rig:
+    """Pages that lie apart (the stride of a block is larger than its page, as in vLLM's KV)."""
+
+    device: str
+    pages: list[torch.Tensor]
+    memory: list[torch.Tensor]
+    slots: HostSlots
+    copies: Copies
+
+    def settle(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def fill_slots(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shape = self.slots.tensor.shape
+        self.slots.tensor.copy_(
+            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        )
+
+    def fill_pages(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for memory in self.memory:
+            noise = torch.randint(0, 256, memory.shape, dtype=torch.uint8, generator=generator)
+            memory.copy_(noise)
+
+    def page(self, layer: int, block: int) -> bytes:
+        return self.pages[layer][block].cpu().numpy().tobytes()
+
+    def in_slot(self, layer: int, slot: int, block: int) -> bytes:
+        """The bytes of one page in a slot, found by the format's arithmetic alone."""
+        first = LAYOUT.offsets[layer] + block * PAGE_BYTES[layer]
+        return bytes(self.slots.view(slot)[first : first + PAGE_BYTES[layer]])
+
+    def snapshot(self) -> list[torch.Tensor]:
+        self.settle()
+        return [memory.cpu().clone() for memory in self.memory]
+
+
+def make(device: str, seed: int = 0) -> Rig:
+    memory = [torch.full((BLOCKS, 3, size), POISON, dtype=torch.uint8) for size in PAGE_BYTES]
+    memory = [tensor.to(device) for tensor in memory]
+    pages = [tensor[:, 1, :] for tensor in memory]
+    assert all(page.stride(0) > page.shape[1] for page in pages)
+    slots = HostSlots(SLOTS, LAYOUT.object_bytes, pinned=device == "cuda")
+    rig = Rig(device, pages, memory, slots, open_copies(pages, slots, LAYOUT))
+    rig.fill_slots(seed)
+    return rig
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    made = make(request.param)
+    assert isinstance(made.copies, CudaCopies if request.param == "cuda" else CpuCopies)
+    yield made
+    made.copies.finish()
+
+
+def soon(take: "object", count: int) -> list[int]:
+    """What `loaded` or `saved` name until there are `count`."""
+    named: list[int] = []
+    deadline = time.monotonic() + 5.0
+    while len(named) < count and time.monotonic() < deadline:
+        named += take()  # type: ignore[operator]
+    return named
+
+
+def load_all(rig: Rig, loads: list[tuple[int, list[Run]]]) -> None:
+    rig.copies.submit_loads(loads)
+    for layer in range(len(PAGE_BYTES)):
+        rig.copies.wait_layer(layer)
+    rig.copies.end_step()
+    assert sorted(soon(rig.copies.loaded, len(loads))) == sorted(job for job, _ in loads)
+
+
+def check_loaded(rig: Rig, before: list[torch.Tensor], runs: list[Run]) -> None:
+    """The pages that the runs name hold their slots' bytes; no other byte changed."""
+    expected = [memory.clone() for memory in before]
+    for run in runs:
+        for at, block in enumerate(run.block_ids):
+            for layer in range(len(PAGE_BYTES)):
+                stored = rig.in_slot(layer, run.slot, run.first_block + at)
+                expected[layer][block, 1] = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+    for layer, now in enumerate(rig.snapshot()):
+        assert torch.equal(now, expected[layer]), f"layer {layer}"
+
+
+def test_a_whole_chunk_into_scattered_pages(rig: Rig) -> None:
+    before = rig.snapshot()
+    runs = [Run(3, 0, [17, 2, 39, 0])]
+    load_all(rig, [(1, runs)])
+    check_loaded(rig, before, runs)
+
+
+@pytest.mark.parametrize(("first", "blocks"), [(0, 1), (1, 2), (3, 1), (2, 2)])
+def test_a_part_of_a_chunk(rig: Rig, first: int, blocks: int) -> None:
+    before = rig.snapshot()
+    runs = [Run(0, first, [9, 8, 7][:blocks])]
+    load_all(rig, [(1, runs)])
+    check_loaded(rig, before, runs)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_block_tables_of_several_jobs(rig: Rig, seed: int) -> None:
+    """Several requests in one step; slots may be shared, pages never are."""
+    dice = random.Random(seed)
+    free = dice.sample(range(BLOCKS), BLOCKS)
+    loads, all_runs = [], []
+    for job in range(dice.randint(1, 4)):
+        runs = []
+        for _ in range(dice.randint(1, 3)):
+            first = dice.randrange(CHUNK_BLOCKS)
+            count = min(dice.randint(1, CHUNK_BLOCKS - first), len(free))
+            ids = [free.pop() for _ in range(count)]
+            if ids:
+                runs.append(Run(dice.randrange(SLOTS), first, ids))
+        loads.append((job, runs))
+        all_runs += runs
+    rig.fill_pages(seed)
+    before = rig.snapshot()
+    load_all(rig, loads)
+    check_loaded(rig, before, all_runs)
+
+
+def test_saves_take_the_pages_and_nothing_else(rig: Rig) -> None:
+    rig.fill_pages(1)
+    before = rig.slots.tensor.clone()
+    pages = rig.snapshot()
+    blocks = [31, 4, 5, 38]
+    rig.copies.submit_save(9, Run(2, 0, blocks))
+    assert soon(rig.copies.saved, 1) == [9]
+    expected = before.clone()
+    for layer, size in enumerate(PAGE_BYTES):
+        for at, block in enumerate(blocks):
+            first = LAYOUT.offsets[layer] + at * size
+            expected[2, first : first + size] = pages[layer][block, 1]
+    assert torch.equal(rig.slots.tensor, expected)
+    assert all(torch.equal(a, b) for a, b in zip(rig.snapshot(), pages, strict=True))
+
+
+def test_what_was_saved_is_loaded_byte_for_byte(rig: Rig) -> None:
+    rig.fill_pages(2)
+    saved = [[rig.page(layer, block) for block in (1, 2, 3, 4)] for layer in range(3)]
+    rig.copies.submit_save(1, Run(5, 0, [1, 2, 3, 4]))
+    assert soon(rig.copies.saved, 1) == [1]
+    load_all(rig, [(1, [Run(5, 0, [30, 20, 10, 0])])])
+    rig.settle()
+    assert saved == [[rig.page(layer, block) for block in (30, 20, 10, 0)] for layer in range(3)]
+
+
+def test_pages_may_change_after_a_save_was_submitted(rig: Rig) -> None:
+    """vLLM gives the blocks to others in its next step, on the same stream."""
+    rig.fill_pages(3)
+    pages = [[rig.page(layer, block) for block in range(4)] for layer in range(3)]
+    for save in range(SLOTS):
+        rig.copies.submit_save(save, Run(save, 0, [0, 1, 2, 3]))
+    for memory in rig.memory:
+        memory.fill_(0)
+    assert soon(rig.copies.saved, SLOTS) == list(range(SLOTS))
+    for slot in range(SLOTS):
+        for layer in range(3):
+            assert [rig.in_slot(layer, slot, at) for at in range(4)] == pages[layer]
+
+
+def test_a_layer_is_safe_to_read_once_it_was_waited_for(rig: Rig) -> None:
+    """On the caller's stream, without any other wait, layer by layer."""
+    run = Run(1, 0, [6, 7, 8, 9])
+    rig.copies.submit_loads([(1, [run])])
+    for layer in range(3):
+        rig.copies.wait_layer(layer)
+        read = rig.pages[layer][[6, 7, 8, 9]].clone()
+        stored = [rig.in_slot(layer, 1, at) for at in range(4)]
+        assert read.cpu().numpy().tobytes() == b"".join(stored)
+    rig.copies.end_step()
+    assert soon(rig.copies.loaded, 1) == [1]
+
+
+def test_what_the_callers_stream_did_before_does_not_overwrite_a_load(rig: Rig) -> None:
+    """vLLM zeroes new blocks just before."""
+    run = Run(1, 0, [6, 7, 8, 9])
+    for memory in rig.memory:
+        memory.fill_(0)
+    before = [torch.zeros_like(memory, device="cpu") for memory in rig.memory]
+    load_all(rig, [(1, [run])])
+    check_loaded(rig, before, [run])
+
+
+def test_waiting_again_does_nothing(rig: Rig) -> None:
+    """Hybrid models and recomputation call a layer's hook more than once."""
+    run = Run(1, 0, [6, 7, 8, 9])
+    rig.copies.submit_loads([(1, [run])])
+    rig.copies.wait_layer(0)
+    rig.pages[0][6] = 1  # what the forward pass writes after its wait stays
+    rig.copies.wait_layer(0)
+    rig.copies.wait_all()
+    rig.copies.end_step()
+    rig.settle()
+    assert rig.page(0, 6) == b"\x01" * PAGE_BYTES[0]
+    assert rig.page(0, 7) == rig.in_slot(0, 1, 1)
+    assert soon(rig.copies.loaded, 1) == [1]
+
+
+@pytest.mark.parametrize("waited", [[], [0], [0, 1], [1, 2]])
+def test_a_step_whose_model_did_not_wait_for_a_layer_fails(rig: Rig, waited: list[int]) -> None:
+    rig.copies.submit_loads([(1, [Run(0, 0, [0, 1, 2, 3])])])
+    for layer in waited:
+        rig.copies.wait_layer(layer)
+    missed = [layer for layer in range(3) if layer not in waited]
+    with pytest.raises(RuntimeError, match=re.escape(f"layers {missed};")):
+        rig.copies.end_step()
+    assert rig.copies.loaded() == []
+
+
+def test_steps_without_loads_do_nothing(rig: Rig) -> None:
+    before = rig.snapshot()
+    rig.copies.submit_loads([])
+    assert not rig.copies.loading
+    rig.copies.wait_layer(1)
+    rig.copies.wait_all()
+    rig.copies.end_step()
+    assert rig.copies.loaded() == [] and rig.copies.saved() == []
+    assert all(torch.equal(a, b) for a, b in zip(rig.snapshot(), before, strict=True))
+
+
+def test_many_steps_one_after_the_other(rig: Rig) -> None:
+    """Each step's waits are its own, and a job is named once."""
+    dice = random.Random(5)
+    for step in range(12):
+        rig.fill_pages(step)
+        before = rig.snapshot()
+        runs = [Run(dice.randrange(SLOTS), 0, dice.sample(range(BLOCKS), CHUNK_BLOCKS))]
+        assert not rig.copies.loading
+        load_all(rig, [(step, runs)])
+        check_loaded(rig, before, runs)
+    assert rig.copies.loaded() == []
+
+
+def test_more_than_fits_the_staging_buffer(rig: Rig) -> None:
+    """A GPU takes the runs in batches then."""
+    if isinstance(rig.copies, CudaCopies):
+        rig.copies._load_staging = rig.copies._load_staging[: 2 * max(LAYOUT.slice_bytes)]
+    before = rig.snapshot()
+    ids = random.Random(6).sample(range(BLOCKS), BLOCKS)
+    runs = [Run(at % SLOTS, 0, ids[4 * at : 4 * at + 4]) for at in range(BLOCKS // 4)]
+    load_all(rig, [(1, runs[:5]), (2, runs[5:])])
+    check_loaded(rig, before, runs)
+
+
+def test_slots_do_not_overlap() -> None:
+    slots = HostSlots(4, 100, pinned=False)
+    for slot in range(4):
+        slots.view(slot)[:] = bytes([slot]) * 100
+    assert [set(slots.view(slot)) for slot in range(4)] == [{0}, {1}, {2}, {3}]
+    assert slots.tensor[2].tolist() == [2] * 100
