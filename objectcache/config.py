@@ -168,7 +168,7 @@ def _check_url(options: Options) -> None:
     for name in ("url", "endpoint_url"):
         if "@" in getattr(options, name):
             raise Misconfigured(f"option {name!r} must not hold credentials.", _CHAIN_HINT)
-    if match[1] == "s3" and not re.match(r"[a-z0-9][a-z0-9._-]{1,62}(/|$)", match[2]):
+    if match[1] == "s3" and not re.match(r"[a-z0-9][a-z0-9._-]{2,62}(/|$)", match[2]):
         raise Misconfigured("option 'url' names no valid bucket.", where)
     if match[1] == "file" and not match[2].startswith("/"):
         raise Misconfigured("a file URL has three slashes.", "write file:///var/cache/kv.")

@@ -58,7 +58,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
-        self._loras = LoraDigests()
+        lora = vllm_config.lora_config
+        self._loras = LoraDigests(str(lora.lora_dtype) if lora is not None else "auto")
         self._refusal = support.refusal(vllm_config, kv_cache_config)
         if self._refusal is not None:
             if role is KVConnectorRole.SCHEDULER:
