@@ -1,8 +1,10 @@
 """What any store must do, against every store and S3 server we can start. Faults: test_s3_faults.py."""
 
 import asyncio
+import mmap
 import os
 import threading
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -264,6 +266,26 @@ def test_a_cancelled_read_writes_no_more_and_leaves_the_store_usable(place: Plac
     place.run(scenario, max_connections=2)
 
 
+def test_a_cancelled_read_gives_the_memory_back(place: Place) -> None:
+    """Whoever gets the memory next must not find the old read writing there."""
+
+    async def scenario(store: Store) -> None:
+        await store.write("ns/key", memoryview(BODY))
+        for turns in range(40):
+            into = mmap.mmap(-1, len(BODY))  # fresh pages, which are slow to fill
+            reading = asyncio.ensure_future(store.read("ns/key", memoryview(into)))
+            for _ in range(turns % 11):
+                await asyncio.sleep(0)
+            time.sleep(20e-6 * (turns % 7))  # a thread may be in the middle of it now
+            reading.cancel()
+            await asyncio.wait([reading])
+            then = into[:]
+            await asyncio.sleep(0.002)
+            assert into[:] == then
+
+    place.run(scenario, max_connections=2)
+
+
 def test_a_cancelled_write_leaves_all_or_nothing(place: Place) -> None:
     async def scenario(store: Store) -> None:
         for i, turns in enumerate((0, 1, 2, 5, 10, 20)):
@@ -451,14 +473,40 @@ def test_a_file_system_without_links_still_writes_once(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         stores = [LocalStore(tmp_path, link=link) for _ in range(2)]
-        bodies = [bytes([i]) * 10_000 for i in range(20)]
-        won = await asyncio.gather(
-            *(stores[i % 2].write("ns/key", memoryview(b)) for i, b in enumerate(bodies))
-        )
-        assert won.count(True) == 1
-        assert await _whole(stores[0], "ns/key", 10_000) == bodies[won.index(True)]
+        bodies = [bytes([i]) * 10 for i in range(16)]
+        for key in (f"ns/{i}" for i in range(60)):
+            won = await asyncio.gather(
+                *(stores[i % 2].write(key, memoryview(b)) for i, b in enumerate(bodies))
+            )
+            assert won.count(True) == 1
+            assert await _whole(stores[0], key, 10) == bodies[won.index(True)]
         for store in stores:
             await store.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_call_ends_after_its_thread(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def link(source: str, target: str) -> None:
+        begun.set()
+        go_on.wait(10)
+        os.link(source, target)
+
+    async def scenario() -> None:
+        store = LocalStore(tmp_path, link=link)
+        writing = asyncio.ensure_future(store.write("key", memoryview(BODY)))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        for _ in range(2):
+            writing.cancel()
+            await asyncio.sleep(0.02)
+            assert not writing.done()
+        go_on.set()
+        await asyncio.wait([writing])
+        assert writing.cancelled()
+        await store.close()
 
     asyncio.run(scenario())
 
