@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 # their import fails, and vLLM imports them where it finds them.
 TORCH_COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 CEPH_COMMANDS = ("radosgw", "ceph-mon", "ceph-osd")
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 13)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 13)
 HEARTBEAT_S = 10.0
 
 
@@ -39,6 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--ceph", action="store_true", help="Ceph's S3 server too, where apt may")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end pip too, not only this process
     try:
         with _Lock():
             set_up_venv()
