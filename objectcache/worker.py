@@ -90,12 +90,16 @@ class WorkerHalf:
     def receive(self, commands: StepCommands) -> None:
         """Start of a step: what can begin before the forward pass does."""
         self._commands = commands
+        # A request may have come and gone since the last step: its job never begins.
+        never_mind = {stage.job for stage in commands.stages} & set(commands.releases)
         for job in commands.releases:
-            self._release(job)
+            if job not in never_mind:
+                self._release(job)
         if commands.namespace[0] and commands.namespace != self._namespace:
             self._enter(commands.namespace)
         for stage in commands.stages:
-            self._stage(stage)
+            if stage.job not in never_mind:
+                self._stage(stage)
 
     def start_loads(self, hooks_fire: bool) -> None:
         """Submit the step's loads. If the layers will not call back, everything is waited for here."""
