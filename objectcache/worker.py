@@ -75,7 +75,8 @@ class WorkerHalf:
         self._staged: dict[int, list[int]] = {}  # job -> slots, reported and not yet released
         self._loading: dict[int, list[int]] = {}  # job -> slots, being copied to pages
         self._given_up: set[int] = set()  # jobs released before they reported
-        self._saving: dict[int, tuple[str, bytes, int]] = {}  # save -> key, hash, slot
+        # save -> who will upload it, key, hash, slot; the namespace may change meanwhile
+        self._saving: dict[int, tuple[Saver, str, bytes, int]] = {}
         self._next_save = 0
         self._dropped: list[Saved] = []
         self._lock = threading.Lock()  # guards what the loop's callbacks leave behind:
@@ -235,7 +236,8 @@ class WorkerHalf:
             return
         assert self._copies is not None
         number, self._next_save = self._next_save, self._next_save + 1
-        self._saving[number] = (self._key(save.chunk_hash), save.chunk_hash, slot)
+        key = self._key(save.chunk_hash)
+        self._saving[number] = (self._saver, key, save.chunk_hash, slot)
         self._copies.submit_save(number, Run(slot, 0, save.block_ids))
 
     # ---- what came back
@@ -252,7 +254,8 @@ class WorkerHalf:
     def _hand_over_saves(self, loop: LoopThread) -> None:
         assert self._copies is not None
         for number in self._copies.saved():
-            self._saver.save(*self._saving.pop(number))
+            saver, key, chunk_hash, slot = self._saving.pop(number)
+            saver.save(key, chunk_hash, slot)
 
     def _settle(self, result: StageResult) -> Staged | None:
         """Account for a stage that ended; None if nobody wants it any more."""
