@@ -165,6 +165,17 @@ class WorkerHalf:
         self._hand_over_saves(loop)
         _drain(loop, self._saver, self._options.shutdown_drain_ms / 1000)
         loop.stop(self._store.close(), CLOSE_TIMEOUT_S)
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Nothing runs any more: slots that somebody would have asked for go back unused."""
+        with self._lock:
+            held = [result.slots for result in self._results]
+            self._results = []
+        held += [*self._staged.values(), *self._loading.values()]
+        self._staged, self._loading = {}, {}
+        for slots in held:
+            self._ring.release(slots)
 
     # ---- commands
 
