@@ -1,19 +1,22 @@
-"""The S3 store while the server, or the way to it, misbehaves. A working store: test_stores_contract.py."""
+"""What each fault of the S3 server, or of the way to it, becomes. How long it may take: test_s3_bounds.py."""
 
 import asyncio
 import logging
-import os
-import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 
 import pytest
-from fault_server import Fault, FaultProxy, Request, cut
+from fault_server import Fault, Request, cut
+from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    BODY,
+    Lab,
+    lab_fixture,
+    module_lab_fixture,
+    opened,
+    read_there,
+    refused,
+)
 
-from benchmarks.servers import seaweedfs
-from objectcache.config import parse
 from objectcache.errors import (
     Corrupt,
     Denied,
@@ -22,116 +25,7 @@ from objectcache.errors import (
     ObjectCacheError,
     Unavailable,
 )
-from objectcache.stores import open_store
-from objectcache.stores.base import Store, StoreCounters
-
-BODY = os.urandom(600_000)
-QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
-SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-
-
-class Lab:
-    """A bucket with `there` in it, behind a proxy that can break, and stores that live on."""
-
-    def __init__(self, proxy: FaultProxy) -> None:
-        self.proxy = proxy
-        self._runner = asyncio.Runner()
-        self._stores: dict[str, Store] = {}
-
-    def run(
-        self,
-        scenario: Callable[[Store], Awaitable[None]],
-        limit_s: float = 5.0,
-        **options: object,
-    ) -> float:
-        """Run `scenario` with a store that is connected; the seconds it took."""
-        return self._runner.run(asyncio.wait_for(self._run(scenario, limit_s, options), 60))
-
-    async def _run(
-        self,
-        scenario: Callable[[Store], Awaitable[None]],
-        limit_s: float,
-        options: dict[str, object],
-    ) -> float:
-        store = self._stores.get(repr(options))
-        if store is None:
-            settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
-            store = self._stores[repr(options)] = open_store(parse({**settings, **options}))
-        fault, self.proxy.fault = self.proxy.fault, None
-        script = list(self.proxy.script)
-        self.proxy.script.clear()
-        await store.check()
-        store.counters = StoreCounters()
-        self.proxy.requests.clear()
-        self.proxy.fault = fault
-        self.proxy.script.extend(script)
-        began = time.monotonic()
-        await scenario(store)
-        took_s = time.monotonic() - began
-        assert took_s < limit_s
-        return took_s
-
-    def close(self) -> None:
-        for store in self._stores.values():
-            self._runner.run(store.close())
-        self._runner.close()
-
-
-@pytest.fixture(scope="module")
-def module_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
-        before = dict(os.environ)
-        os.environ.update(server.env)
-        server.client().put_object(Bucket="faults", Key="lab/there", Body=BODY)
-        with FaultProxy(server.endpoint_url) as proxy:
-            lab = Lab(proxy)
-            yield lab
-            lab.close()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@pytest.fixture
-def lab(module_lab: Lab) -> Lab:
-    module_lab.proxy.fault = None
-    module_lab.proxy.script.clear()
-    return module_lab
-
-
-@asynccontextmanager
-async def _opened(
-    endpoint_url: str, url: str = "s3://faults", **options: object
-) -> AsyncIterator[Store]:
-    store = open_store(parse({"url": url, "endpoint_url": endpoint_url, **QUICK, **options}))
-    try:
-        yield store
-    finally:
-        await store.close()
-
-
-async def _read(store: Store, start: int | None = None, size: int = len(BODY)) -> None:
-    """Read and check every byte, and that `landed` announced only what stayed."""
-    into, seen, first = bytearray(size), [0], start or 0
-
-    def landed(n: int) -> None:
-        assert n >= seen[-1]
-        assert into[:n] == BODY[first : first + n]
-        seen.append(n)
-
-    await store.read("there", memoryview(into), start=start, landed=landed)
-    assert into == BODY[first : first + size]
-    assert seen[-1] == size
-
-
-async def _refused(kind: type[ObjectCacheError], call: Awaitable[object]) -> ObjectCacheError:
-    with pytest.raises(kind) as caught:
-        await call
-    text = f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
-    for name in SECRETS:
-        assert os.environ.get(name, "no-such-secret") not in text
-    assert type(caught.value) is kind
-    return caught.value
-
+from objectcache.stores.base import Store
 
 ANSWERS = [
     # answer, error, a word of the hint or message, attempts
@@ -172,11 +66,11 @@ def test_an_answer_becomes_the_right_error(
 ) -> None:
     async def scenario(store: Store) -> None:
         calls = {
-            "read": lambda: _read(store, 0, 1000),
+            "read": lambda: read_there(store, 0, 1000),
             "write": lambda: store.write("new", memoryview(BODY)),
             "head": lambda: store.head("there"),
         }
-        error = await _refused(kind, calls[how]())
+        error = await refused(kind, calls[how]())
         if how != "head" or fault.raw is not None or not fault.code:  # HEADs have no body
             assert word in str(error)
 
@@ -214,7 +108,7 @@ def test_an_answer_becomes_the_right_error(
 @pytest.mark.parametrize("start", [None, 1000])
 def test_a_read_survives_two_faults(lab: Lab, fault: Fault, start: int | None) -> None:
     lab.proxy.script.extend([fault, fault])
-    lab.run(lambda store: _read(store, start, len(BODY) - (start or 0)))
+    lab.run(lambda store: read_there(store, start, len(BODY) - (start or 0)))
     assert 3 <= lab.proxy.count("GET") <= 4  # see above
 
 
@@ -223,7 +117,7 @@ def test_a_broken_body_goes_on_where_it_stopped(lab: Lab, stop: str) -> None:
     lab.proxy.script.extend([cut(200_000, stop), cut(100_000, stop)])
 
     async def scenario(store: Store) -> None:
-        await _read(store)
+        await read_there(store)
         assert store.counters.get_requests == 3
         assert store.counters.read_bytes == len(BODY)
 
@@ -239,7 +133,7 @@ def test_a_body_that_always_breaks_is_given_up(lab: Lab) -> None:
     lab.proxy.fault = cut(1000)
 
     async def scenario(store: Store) -> None:
-        await _refused(Unavailable, store.read("there", memoryview(bytearray(len(BODY)))))
+        await refused(Unavailable, store.read("there", memoryview(bytearray(len(BODY)))))
 
     lab.run(scenario)
     assert lab.proxy.count("GET") == 3
@@ -254,7 +148,7 @@ def test_an_object_replaced_between_two_parts_is_not_mixed(lab: Lab) -> None:
     lab.proxy.fault = other_etag
 
     async def scenario(store: Store) -> None:
-        await _refused(Corrupt, store.read("there", memoryview(bytearray(len(BODY)))))
+        await refused(Corrupt, store.read("there", memoryview(bytearray(len(BODY)))))
 
     lab.run(scenario)
     assert lab.proxy.count("GET") == 2
@@ -283,9 +177,9 @@ def test_a_body_of_the_wrong_length_is_no_object(
 
     async def scenario(store: Store) -> None:
         into = memoryview(bytearray(size))
-        await _refused(kind, store.read("there", into, start=start))
+        await refused(kind, store.read("there", into, start=start))
         lab.proxy.fault = None
-        await _read(store)  # the connection that carried it does no harm
+        await read_there(store)  # the connection that carried it does no harm
 
     lab.run(scenario)
 
@@ -308,8 +202,8 @@ def test_odd_answers_that_still_have_the_bytes(
     lab.proxy.fault = fault
 
     async def scenario(store: Store) -> None:
-        await _read(store, start, size)
-        await _read(store, start, size)
+        await read_there(store, start, size)
+        await read_there(store, start, size)
 
     lab.run(scenario)
 
@@ -323,16 +217,16 @@ def test_bytes_behind_a_body_do_no_harm(lab: Lab) -> None:
         for _ in range(4):
             # The HTTP client may take them for the next answer: never for right bytes, though.
             with suppress(Unavailable, Corrupt):
-                await _read(store, 10, 1000)
+                await read_there(store, 10, 1000)
         lab.proxy.fault = None
-        await _read(store)
+        await read_there(store)
 
     lab.run(scenario)
 
 
 def test_a_server_without_ranges_can_break_off_too(lab: Lab) -> None:
     lab.proxy.script.extend([cut(200_000), Fault(ignore_range=True)])
-    lab.run(_read)
+    lab.run(read_there)
     assert lab.proxy.count("GET") == 2
 
 
@@ -345,77 +239,6 @@ def test_wrong_bytes_pass_for_the_checksums_to_find(lab: Lab) -> None:
         assert [i for i in range(len(BODY)) if into[i] != BODY[i]] == [100]
 
     lab.run(scenario)
-
-
-def test_a_read_that_drips_ends(lab: Lab) -> None:
-    lab.proxy.fault = Fault(bytes_per_s=2000)  # never silent for long, and never done
-
-    async def scenario(store: Store) -> None:
-        await _refused(Unavailable, store.read("there", memoryview(bytearray(len(BODY)))))
-
-    assert lab.run(scenario) > 1
-    assert lab.proxy.count("GET") == 1
-
-
-@pytest.mark.parametrize(("wish_s", "attempts"), [("0", 3), ("0.3", 3), ("4", 1), ("soon", 3)])
-def test_retry_after_is_heeded_within_reason(lab: Lab, wish_s: str, attempts: int) -> None:
-    lab.proxy.fault = Fault(status=503, headers={"Retry-After": wish_s})
-
-    async def scenario(store: Store) -> None:
-        await _refused(Unavailable, store.head("there"))
-
-    took_s = lab.run(scenario, limit_s=3, read_timeout_ms=5000)
-    assert lab.proxy.count() == attempts
-    assert wish_s != "0.3" or took_s > 0.6
-
-
-@pytest.mark.parametrize("attempts", [1, 2, 5])
-def test_attempts_is_the_number_of_requests(lab: Lab, attempts: int) -> None:
-    lab.proxy.fault = Fault(status=500)
-
-    async def scenario(store: Store) -> None:
-        await _refused(Unavailable, store.head("there"))
-        assert store.counters.head_requests == attempts
-
-    lab.run(scenario, attempts=attempts)
-    assert lab.proxy.count() == attempts
-
-
-def test_nobody_listens(lab: Lab) -> None:
-    async def scenario(store: Store) -> None:
-        await store.head("there")
-        lab.proxy.down()
-        error = await _refused(Unavailable, store.head("there"))
-        assert "endpoint_url" in error.hint
-        assert lab.proxy.url in error.message
-        lab.proxy.up()
-        await _read(store)
-
-    lab.run(scenario)
-
-
-def test_no_such_host() -> None:
-    async def scenario() -> None:
-        async with _opened("http://no-such-host.invalid", anonymous=True) as store:
-            error = await _refused(Unavailable, store.check())
-            assert "DNS" in error.hint
-
-    began = time.monotonic()
-    asyncio.run(scenario())
-    assert time.monotonic() - began < 5
-
-
-def test_a_server_that_accepts_and_says_nothing() -> None:
-    async def scenario(endpoint_url: str) -> None:
-        async with _opened(endpoint_url, anonymous=True) as store:
-            await _refused(Unavailable, store.check())
-
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        began = time.monotonic()
-        asyncio.run(scenario(f"http://127.0.0.1:{silent.getsockname()[1]}"))
-        assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -431,11 +254,15 @@ def test_another_region_is_named(lab: Lab, fault: Fault, how: str) -> None:
     lab.proxy.fault = fault
 
     async def scenario(store: Store) -> None:
-        call = {"check": store.check, "read": lambda: _read(store), "head": lambda: store.head("x")}
+        call = {
+            "check": store.check,
+            "read": lambda: read_there(store),
+            "head": lambda: store.head("x"),
+        }
         if how == "head" and fault.status == 400:  # has no body to name it
-            await _refused(Denied, call[how]())
+            await refused(Denied, call[how]())
             return
-        error = await _refused(Misconfigured, call[how]())
+        error = await refused(Misconfigured, call[how]())
         assert "'eu-west-9'" in error.message
         assert "'region'" in error.hint
 
@@ -445,8 +272,8 @@ def test_another_region_is_named(lab: Lab, fault: Fault, how: str) -> None:
 
 def test_check_names_a_missing_bucket(lab: Lab) -> None:
     async def scenario(store: Store) -> None:
-        async with _opened(lab.proxy.url, "s3://absent") as other:
-            error = await _refused(Misconfigured, other.check())
+        async with opened(lab.proxy.url, "s3://absent") as other:
+            error = await refused(Misconfigured, other.check())
             assert "'absent'" in error.message
 
     lab.run(scenario)
@@ -495,7 +322,7 @@ def test_a_server_without_conditional_put_is_noticed_once(
     lab.proxy.fault = unconditional_only
 
     async def scenario(_: Store) -> None:
-        async with _opened(lab.proxy.url) as store:
+        async with opened(lab.proxy.url) as store:
             await notice(store)
 
     async def notice(store: Store) -> None:
@@ -512,89 +339,3 @@ def test_a_server_without_conditional_put_is_noticed_once(
     with caplog.at_level(logging.INFO):
         lab.run(scenario)
     assert [r.name for r in caplog.records if "objectcache" in r.name] == ["objectcache.stores.s3"]
-
-
-def test_a_slow_upload_is_no_silence() -> None:
-    """The read timeout is for a silent server, not for a body that takes long to send."""
-
-    async def slow_sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = await reader.readuntil(b"\r\n\r\n")
-        left = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
-        while left:
-            left -= len(await reader.read(min(left, 64 << 10)))
-            await asyncio.sleep(0.005)
-        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nETag: "x"\r\n\r\n')
-        await writer.drain()
-        writer.close()
-
-    async def scenario() -> float:
-        listening = socket.socket()
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # else it is all there
-        listening.bind(("127.0.0.1", 0))
-        server = await asyncio.start_server(slow_sink, sock=listening, limit=64 << 10)
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        quick = {"attempts": 1, "read_timeout_ms": 600, "anonymous": True}
-        async with server, _opened(url, **quick) as store:
-            began = time.monotonic()
-            assert await store.write("slow", memoryview(bytes(16 << 20)))
-            return time.monotonic() - began
-
-    assert asyncio.run(scenario()) > 1.0
-
-
-def test_faults_leave_neither_slots_nor_connections_behind(lab: Lab) -> None:
-    faults = [fault for fault, *_ in ANSWERS if not fault.delay_s]
-    faults += [cut(1000), cut(1000, "reset"), Fault(extra=b"x"), Fault(ignore_range=True)]
-
-    async def scenario(store: Store) -> None:
-        for fault in faults:
-            lab.proxy.fault = fault
-            calls = [store.read("there", memoryview(bytearray(len(BODY)))) for _ in range(3)]
-            calls.append(store.read("there", memoryview(bytearray(7)), start=9))
-            await asyncio.gather(*calls, return_exceptions=True)
-        lab.proxy.fault = None
-        before = lab.proxy.connections
-        await asyncio.gather(*(_read(store) for _ in range(12)))
-        assert lab.proxy.connections - before <= 2
-
-    lab.run(scenario, limit_s=20, max_connections=2, attempts=1)
-
-
-def test_heads_do_not_wait_behind_bodies(lab: Lab) -> None:
-    lab.proxy.fault = lambda request: (
-        Fault(bytes_per_s=200_000) if request.method == "GET" else None
-    )
-
-    async def scenario(store: Store) -> None:
-        reads = [asyncio.ensure_future(_read(store)) for _ in range(12)]
-        await asyncio.sleep(0.1)
-        began = time.monotonic()
-        await asyncio.gather(*(store.head("there") for _ in range(5)))
-        assert time.monotonic() - began < 1
-        for read in reads:
-            read.cancel()
-        await asyncio.wait(reads)
-
-    lab.run(scenario, max_connections=4)
-
-
-def test_waiting_for_a_connection_is_no_timeout(lab: Lab) -> None:
-    lab.proxy.fault = Fault(delay_s=0.2)
-
-    async def scenario(store: Store) -> None:
-        assert await asyncio.gather(*(store.head("there") for _ in range(8))) == [len(BODY)] * 8
-
-    assert lab.run(scenario, max_connections=1, attempts=1) > 1.5
-
-
-def test_nothing_is_logged_for_each_request(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
-    lab.proxy.script.extend([Fault(status=503), cut(100)])
-
-    with caplog.at_level(logging.INFO):
-        lab.run(_read)
-    assert [r for r in caplog.records if r.name != "aiobotocore.credentials"] == []
-
-
-def test_a_missing_ca_bundle_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(Misconfigured, match="ca_bundle"):
-        open_store(parse({"url": "s3://faults", "ca_bundle": str(tmp_path / "absent.pem")}))

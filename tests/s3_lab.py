@@ -1,0 +1,123 @@
+"""A real S3 bucket behind a proxy that can break, for the suites of the S3 store. No tests here."""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+from fault_server import FaultProxy
+
+from benchmarks.servers import seaweedfs
+from objectcache.config import parse
+from objectcache.errors import ObjectCacheError
+from objectcache.stores import open_store
+from objectcache.stores.base import Store, StoreCounters
+
+BODY = os.urandom(600_000)  # of the object `there`
+QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+
+
+class Lab:
+    """A bucket with `there` in it, behind a proxy that can break, and stores that live on."""
+
+    def __init__(self, proxy: FaultProxy) -> None:
+        self.proxy = proxy
+        self._runner = asyncio.Runner()
+        self._stores: dict[str, Store] = {}
+
+    def run(
+        self,
+        scenario: Callable[[Store], Awaitable[None]],
+        limit_s: float = 5.0,
+        **options: object,
+    ) -> float:
+        """Run `scenario` with a store that is connected; the seconds it took."""
+        return self._runner.run(asyncio.wait_for(self._run(scenario, limit_s, options), 60))
+
+    async def _run(
+        self,
+        scenario: Callable[[Store], Awaitable[None]],
+        limit_s: float,
+        options: dict[str, object],
+    ) -> float:
+        store = self._stores.get(repr(options))
+        if store is None:
+            settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
+            store = self._stores[repr(options)] = open_store(parse({**settings, **options}))
+        fault, self.proxy.fault = self.proxy.fault, None
+        script = list(self.proxy.script)
+        self.proxy.script.clear()
+        await store.check()
+        store.counters = StoreCounters()
+        self.proxy.requests.clear()
+        self.proxy.fault = fault
+        self.proxy.script.extend(script)
+        began = time.monotonic()
+        await scenario(store)
+        took_s = time.monotonic() - began
+        assert took_s < limit_s
+        return took_s
+
+    def close(self) -> None:
+        for store in self._stores.values():
+            self._runner.run(store.close())
+        self._runner.close()
+
+
+@pytest.fixture(scope="module", name="module_lab")
+def module_lab_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
+        before = dict(os.environ)
+        os.environ.update(server.env)
+        server.client().put_object(Bucket="faults", Key="lab/there", Body=BODY)
+        with FaultProxy(server.endpoint_url) as proxy:
+            lab = Lab(proxy)
+            yield lab
+            lab.close()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@pytest.fixture(name="lab")
+def lab_fixture(module_lab: Lab) -> Lab:
+    module_lab.proxy.fault = None
+    module_lab.proxy.script.clear()
+    return module_lab
+
+
+@asynccontextmanager
+async def opened(
+    endpoint_url: str, url: str = "s3://faults", **options: object
+) -> AsyncIterator[Store]:
+    store = open_store(parse({"url": url, "endpoint_url": endpoint_url, **QUICK, **options}))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def read_there(store: Store, start: int | None = None, size: int = len(BODY)) -> None:
+    """Read and check every byte, and that `landed` announced only what stayed."""
+    into, seen, first = bytearray(size), [0], start or 0
+
+    def landed(n: int) -> None:
+        assert n >= seen[-1]
+        assert into[:n] == BODY[first : first + n]
+        seen.append(n)
+
+    await store.read("there", memoryview(into), start=start, landed=landed)
+    assert into == BODY[first : first + size]
+    assert seen[-1] == size
+
+
+async def refused(kind: type[ObjectCacheError], call: Awaitable[object]) -> ObjectCacheError:
+    with pytest.raises(kind) as caught:
+        await call
+    text = f"{caught.value} {caught.value!r} {caught.value.__cause__!r}"
+    for name in SECRETS:
+        assert os.environ.get(name, "no-such-secret") not in text
+    assert type(caught.value) is kind
+    return caught.value
