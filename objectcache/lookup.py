@@ -44,7 +44,8 @@ class Lookup:
         return results
 
     async def _run(self, ticket: int, keys: list[str]) -> None:
-        chunks, error = 0, None
+        chunks = 0
+        error: ObjectCacheError | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 chunks = await search(len(keys), lambda at: self._exists(keys[at]))
