@@ -110,12 +110,14 @@ def parse(extra: Mapping[str, Any]) -> Options:
 
 
 def _refuse_unknown(name: str, known: list[str]) -> None:
-    if _SECRET.search(name):
+    lower = name.lower()
+    near = difflib.get_close_matches(lower, known, n=1, cutoff=0.5)
+    typo = difflib.get_close_matches(lower, known, n=1, cutoff=0.8)  # chunk_token is no token
+    if _SECRET.search(name) and not typo:
         raise Misconfigured(
             f"kv_connector_extra_config must not hold {name!r}: vLLM prints that config.",
             _CHAIN_HINT,
         )
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(known)}."
     raise Misconfigured(f"objectcache has no option {name!r}.", hint)
 
@@ -157,7 +159,7 @@ def _check_url(options: Options) -> None:
     where = "set kv_connector_extra_config to {'url': 's3://bucket/prefix'}."
     if not options.url:
         raise Misconfigured("objectcache needs the option 'url'.", where)
-    match = re.fullmatch(r"(s3|file|memory)://([^?#]*)", options.url)
+    match = re.fullmatch(r"(s3|file|memory)://([^?#]*)([?#].*)?", options.url, re.DOTALL)
     if match is None:
         scheme = options.url.split("://")[0] if "://" in options.url else ""
         named = f"of scheme {scheme!r} " if re.fullmatch(r"[a-z0-9+.-]{1,16}", scheme) else ""
@@ -165,6 +167,8 @@ def _check_url(options: Options) -> None:
             f"option 'url' {named}is not a place that objectcache knows.",
             "use s3://bucket/prefix, file:///path or memory://name.",
         )
+    if match[3]:
+        raise Misconfigured(f"option 'url' must not hold {match[3][0]!r}.", where)
     for name in ("url", "endpoint_url"):
         if "@" in getattr(options, name):
             raise Misconfigured(f"option {name!r} must not hold credentials.", _CHAIN_HINT)
