@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 from objectcache.errors import ObjectCacheError
 
@@ -15,14 +16,17 @@ log = logging.getLogger(
 class Reporter:
     """Warns at the first failure of a kind, then at most once a minute with how many there were."""
 
-    def __init__(self, logger: logging.Logger = log) -> None:
+    def __init__(
+        self, logger: logging.Logger = log, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._log = logger
+        self._clock = clock
         self._said: dict[str, tuple[float, int]] = {}
 
     def warn(self, doing: str, error: ObjectCacheError) -> None:
         """`doing` says what was tried: "look up chunks". One line, with the hint."""
         kind = f"{doing}/{type(error).__name__}"
-        now = time.monotonic()
+        now = self._clock()
         last, silent = self._said.get(kind, (-REPEAT_S, 0))
         if now - last < REPEAT_S:
             self._said[kind] = (last, silent + 1)
