@@ -111,6 +111,9 @@ def judge(exc: BaseException, what: str, place: Place) -> Verdict:
         return _judge_answer(exc, what, place)
     if isinstance(exc, boto.SSLError):
         return _judge_tls(exc, what, place)
+    if isinstance(exc, RecursionError):
+        # botocore asks for the bucket's region by a request that is redirected as well, and so on.
+        return Verdict(_wrong_region({}, {}, place))
     for kinds, verdict in (
         (
             (boto.NoCredentialsError, boto.PartialCredentialsError),
