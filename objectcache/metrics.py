@@ -86,7 +86,7 @@ class ObjectCachePromMetrics(KVConnectorPromMetrics):
         per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
-        families = {
+        families: dict[str, Any] = {
             name: self._counter_cls(
                 name=prometheus_name(name), documentation=doc, labelnames=labelnames
             )
