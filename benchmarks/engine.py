@@ -141,6 +141,8 @@ class PageReader:
 
     def page_digests(self, request: str, tokens: int) -> dict[str, list[str]] | None:
         """Return, by layer, a digest of each full page of a running request; None if it is gone."""
+        import torch
+
         block_tokens = self.model_runner.cache_config.block_size
         for known, state in self.model_runner.requests.items():
             if known == request or known.startswith(request + "-"):
@@ -152,7 +154,9 @@ class PageReader:
         pages = {name: layer.kv_cache for name, layer in layers.items()}
         return {
             name: [
-                hashlib.sha256(page[block].contiguous().numpy().tobytes()).hexdigest()[:16]
+                hashlib.sha256(
+                    page[block].contiguous().view(torch.uint8).numpy().tobytes()
+                ).hexdigest()[:16]
                 for block in blocks
             ]
             for name, page in pages.items()
