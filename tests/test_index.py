@@ -50,6 +50,7 @@ def test_with_holes_the_answer_never_passes_the_first_hole_that_was_seen(truth: 
     found, asked = two_rounds(truth)
     assert all(truth[at] for at in asked if at < found)
     assert found == min((at for at in asked if not truth[at]), default=len(truth))
+    assert found == 0 or found - 1 in asked, "the last chunk claimed was never asked for"
 
 
 @settings(max_examples=200)

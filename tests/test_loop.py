@@ -1,6 +1,7 @@
 """The loop's thread: work reaches it, its end is bounded, and nothing is left behind."""
 
 import asyncio
+import inspect
 import threading
 import time
 
@@ -74,16 +75,20 @@ def test_work_that_was_spawned_but_had_no_turn_cleans_up_too() -> None:
         finally:
             cleaned.append(number)
 
+    def next_turn() -> None:
+        asyncio.get_running_loop().call_soon(lambda: loop.spawn(work(2)))
+
     with loop_thread() as loop:
         held = threading.Event()
         loop.call(held.wait)
         loop.call(lambda: loop.spawn(work(1)))
+        loop.call(next_turn)  # spawned after the end began, and before its first step
         stopping = threading.Thread(target=loop.stop, args=(None, 2.0))
         stopping.start()
         time.sleep(0.02)
         held.set()
         stopping.join(5.0)
-    assert cleaned == [1]
+    assert sorted(cleaned) == [1, 2]
 
 
 def test_work_that_is_spawned_while_the_loop_ends_is_ended_too() -> None:
@@ -120,10 +125,10 @@ def test_work_that_will_not_end_is_left_after_the_time_is_up() -> None:
 
     loop = LoopThread("test-stubborn")
     loop.call(lambda: loop.spawn(stubborn()))
-    began = time.monotonic()
-    loop.stop(last(), 0.2)
+    began, closing = time.monotonic(), last()
+    loop.stop(closing, 0.2)
     assert 0.15 < time.monotonic() - began < 1.0
-    assert ran == []
+    assert ran == [] and inspect.getcoroutinestate(closing) == inspect.CORO_CLOSED
     assert eventually(lambda: "test-stubborn" not in {t.name for t in threading.enumerate()})
     let_go.set()
 

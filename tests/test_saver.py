@@ -153,7 +153,7 @@ def test_spoilt_marks_are_bounded(rig: Rig) -> None:
     rig.spoilt(1)
     rig.save(1)
     assert eventually(lambda: rig.store.busy == 1)
-    for number in range(2, SPOILT_MAX + 2):
+    for number in range(2, SPOILT_MAX + 9):
         rig.spoilt(number)
     gate.set()
     assert rig.outcome()[1] == "written"
