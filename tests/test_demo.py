@@ -1,6 +1,6 @@
 """What `make demo` says for what it saw. The demo itself runs in CI (`.ci/run`), not here."""
 
-from benchmarks.demo import PROMPT_TOKENS, Serving, complaints, table
+from benchmarks.demo import PROMPT_TOKENS, Serving, caveats, complaints, table
 
 COMPUTED = Serving("computes", [5, 6], 3.2, 0, {"objectcache_written_bytes_total": float(30 << 20)})
 FOUND = Serving("finds", [5, 6], 0.4, PROMPT_TOKENS // 2, {"objectcache_get_requests_total": 15.0})
@@ -28,3 +28,10 @@ def test_failure_says_where_to_look() -> None:
     different, nothing_found = complaints(False, COMPUTED)
     assert "different tokens" in different
     assert "engine-1.log" in nothing_found and "found nothing" in nothing_found
+
+
+def test_a_wait_for_the_store_is_not_passed_off_as_computing() -> None:
+    late = Serving("first engine", [5, 6], 12.7, 0, {"objectcache_late_prompts_total": 1.0})
+    (note,) = caveats([late, FOUND, WITHOUT])
+    assert "first engine" in note and "no measure" in note
+    assert caveats([COMPUTED, FOUND, WITHOUT]) == []
