@@ -36,7 +36,7 @@ ABSENT = "(absent)"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         if arguments.command == "docs":
             return _docs(arguments.page)
@@ -52,14 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    root = argparse.ArgumentParser(
         prog="objectcache",
         description="Look after a store of vLLM's prefix KV cache.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=objectcache.__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    root.add_argument("--version", action="version", version=objectcache.__version__)
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, action, about, operands in (
         ("check", _check, "try whether the store can be used, and say why not", ()),
         ("ls", _ls, "list namespaces: which models' KV lies there, and how much", ()),
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "docs", help="print a reference page, made from the code", allow_abbrev=False
     )
     docs.add_argument("page", choices=("options", "metrics"))
-    return parser
+    return root
 
 
 def _add_store_options(command: argparse.ArgumentParser) -> None:
