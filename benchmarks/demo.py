@@ -2,7 +2,8 @@
 
 Progress and a table go to stderr. Stdout gets one line of JSON. The exit status is 0 only if all
 three gave the same tokens and the second engine took KV from the bucket. Each TTFT is one sample:
-it shows that loading happens, and is no benchmark. What an engine is and how it is run stands in engine.py; what the connector must do in every other case, in tests/.
+it shows that loading happens, and is no benchmark. What an engine is and how it is run stands in
+engine.py; what the connector must do in every other case, in tests/.
 """
 
 from __future__ import annotations
