@@ -60,7 +60,9 @@ def test_stop_cancels_runs_the_last_and_ends_the_thread() -> None:
         loop.stop(last(), 2.0)
         assert events == ["cancelled", "last"]
         loop.stop(None, 2.0)
-        loop.stop(last(), 2.0)
+        again = last()
+        loop.stop(again, 2.0)
+        assert inspect.getcoroutinestate(again) == inspect.CORO_CLOSED
         loop.call(events.append, "too late")
         time.sleep(0.01)
     assert events == ["cancelled", "last"]
