@@ -324,3 +324,15 @@ def test_the_readme_states_the_defaults_it_mentions() -> None:
     assert default.lookup_timeout_ms == 1000 and "1 s for a lookup" in text
     assert default.stage_timeout_ms == 10_000 and "10 s for loading" in text
     assert default.known_ttl_s == 300 and "seen in the last 300 s" in text
+
+
+def test_the_run_of_the_demo_in_the_readme_is_one_that_succeeded() -> None:
+    table, line = next(
+        text.strip().rsplit("\n", 1)
+        for text in blocks(ROOT / "README.md", "")
+        if "tokens_equal" in text
+    )
+    result = json.loads(line)
+    assert result["tokens_equal"] and 0 < result["hit_tokens"] < result["prompt_tokens"]
+    shown = f"{result['warm_ttft_s']:.2f} s"
+    assert shown in table and f"{result['hit_tokens'] / result['prompt_tokens']:.0%}" in table
