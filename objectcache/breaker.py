@@ -15,13 +15,13 @@ class Breaker:
         self._failures = 0
         self._pause_s = FIRST_PAUSE_S
         self._open_until: float | None = None
-        self._trial_until = 0.0
+        self._trial_until: float | None = None  # of the trial under way
 
     def allows(self, now: float) -> bool:
         """May a request go out now? While open, one trial is let through after each pause."""
         if self._open_until is None:
             return True
-        if now < self._open_until or now < self._trial_until:
+        if now < self._open_until or (self._trial_until is not None and now < self._trial_until):
             return False
         self._trial_until = (
             now + self._pause_s
@@ -31,13 +31,14 @@ class Breaker:
     def succeeded(self) -> None:
         self._failures = 0
         self._pause_s = FIRST_PAUSE_S
-        self._open_until = None
+        self._open_until = self._trial_until = None
 
     def failed(self, now: float) -> None:
         self._failures += 1
         if self._open_until is not None:
-            if now < self._open_until:
+            if self._trial_until is None:
                 return  # sent before it opened: no news
+            self._trial_until = None
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             self._open_until = now + self._pause_s
         elif self._failures >= FAILURES_TO_OPEN:

@@ -13,7 +13,7 @@ from objectcache.stores.base import Store
 
 @dataclass(frozen=True)
 class LookupResult:
-    """`chunks` leading chunks exist; if the store could not say, `error` is why."""
+    """`chunks` leading chunks exist; where the store could not say so of all, `error` is why."""
 
     ticket: int
     chunks: int

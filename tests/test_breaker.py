@@ -72,6 +72,12 @@ def test_failures_of_requests_sent_before_it_opened_do_not_lengthen_the_pause() 
     for _ in range(20):
         breaker.failed(0.5)
     assert breaker.allows(FIRST_PAUSE_S)
+    breaker = opened()
+    for _ in range(20):
+        breaker.failed(FIRST_PAUSE_S + 0.5)  # the pause is over, but these are no trial
+    assert breaker.allows(FIRST_PAUSE_S + 0.5)
+    breaker.failed(FIRST_PAUSE_S + 0.5)
+    assert not breaker.allows(3 * FIRST_PAUSE_S) and breaker.allows(3 * FIRST_PAUSE_S + 0.5)
 
 
 class Sick(RuleBasedStateMachine):
@@ -82,6 +88,7 @@ class Sick(RuleBasedStateMachine):
         self.breaker = Breaker()
         self.now = 0.0
         self.failures = 0
+        self.trial = False  # one is under way
         self.last_event = 0.0
 
     @rule(seconds=st.floats(0.0, 90.0))
@@ -92,12 +99,14 @@ class Sick(RuleBasedStateMachine):
     def fails(self) -> None:
         self.breaker.failed(self.now)
         self.failures += 1
-        self.last_event = self.now
+        if self.trial or self.failures <= FAILURES_TO_OPEN:
+            self.last_event = self.now  # other failures were sent before it opened
+        self.trial = False
 
     @rule()
     def succeeds(self) -> None:
         self.breaker.succeeded()
-        self.failures = 0
+        self.failures, self.trial = 0, False
         assert self.breaker.allows(self.now)
 
     @rule()
@@ -109,6 +118,7 @@ class Sick(RuleBasedStateMachine):
             assert allowed, "it stayed shut for longer than the longest pause"
         if allowed:
             self.last_event = self.now
+            self.trial = self.failures >= FAILURES_TO_OPEN
 
     @invariant()
     def a_second_trial_waits(self) -> None:
