@@ -42,7 +42,7 @@ class Serving:
     metrics: Mapping[str, float]
 
     def counted(self, name: str) -> int:
-        return int(self.metrics.get(f"objectcache_{name}_total", 0))
+        return int(self.metrics.get(f"vllm:objectcache_{name}_total", 0))
 
 
 def main() -> int:
@@ -121,7 +121,7 @@ def serve(
         log=FOLDER / f"engine-{number}.log",
     )[0]
     answer, metrics = report["steps"][1]["requests"][0], report["steps"][4]["values"]
-    hit_tokens = int(metrics.get("objectcache_hit_tokens_total", 0))
+    hit_tokens = int(metrics.get("vllm:objectcache_hit_tokens_total", 0))
     say(f"    first token after {answer['ttft_s']:.2f} s, {hit_tokens} tokens from the bucket")
     return Serving(title, answer["token_ids"], answer["ttft_s"], hit_tokens, metrics)
 

@@ -57,7 +57,7 @@ LLM_DEFAULTS: dict[str, Any] = {
     "worker_extension_cls": "benchmarks.engine.PageReader",
 }
 MEASURED = (
-    "objectcache",
+    "vllm:objectcache",
     "vllm:external_prefix_cache",
     "vllm:prefix_cache",
     "vllm:num_preemptions",
@@ -182,17 +182,12 @@ class _Engine:
 
     def stop(self) -> None:
         """Stop the engine and forget it, so that another one can start in this process."""
-        from prometheus_client import REGISTRY
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
-        for collector in list(REGISTRY._collector_to_names):
-            # vLLM takes only its own "vllm:" metrics back when the next engine starts.
-            if str(getattr(collector, "_name", "")).startswith("objectcache"):
-                REGISTRY.unregister(collector)
 
     def _forget(self) -> dict[str, Any]:
         return {"done": self.llm.reset_prefix_cache()}

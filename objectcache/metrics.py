@@ -21,8 +21,8 @@ COUNTERS: dict[str, str] = {
     "failed_reads": "Reads that failed for another reason.",
     "saved_chunks": "Chunks written to the store, per rank.",
     "duplicate_chunks": "Chunks that were uploaded and found to exist already.",
-    "dropped_saves": "Chunks not saved because there was no room or the store was sick.",
-    "failed_saves": "Chunks whose upload failed.",
+    "dropped_saves": "Chunks not saved at once because there was no room; tried again while the request lives.",
+    "failed_saves": "Chunks whose upload failed, or was not tried while the store was sick.",
     "get_requests": "GET requests sent, retries included.",
     "put_requests": "PUT requests sent, retries included.",
     "head_requests": "HEAD requests sent, retries included.",
@@ -33,8 +33,11 @@ STORE_COUNTERS = ("get_requests", "put_requests", "head_requests", "read_bytes",
 
 
 def prometheus_name(counter: str) -> str:
-    """As Prometheus shows it; its client adds `_total`."""
-    return f"objectcache_{counter}"
+    """As Prometheus shows it; its client adds `_total`.
+
+    The prefix is vLLM's: it takes back what bears it when a second engine starts in one process.
+    """
+    return f"vllm:objectcache_{counter}"
 
 
 class Counters:

@@ -50,13 +50,13 @@ _METRICS_FOOT = """
 
 | question | expression |
 |---|---|
-| What share of prompt tokens comes from the store? | `rate(objectcache_hit_tokens_total[5m]) / rate(vllm:prompt_tokens_total[5m])` |
-| Is what the store has also used? (the rest was in the GPU already, came late, or did not fit the ring) | `rate(objectcache_hit_tokens_total[5m]) / rate(objectcache_found_tokens_total[5m])` |
-| Is the store too slow? | `rate(objectcache_late_prompts_total[5m])`, `rate(objectcache_lookup_failures_total[5m])` |
-| Does anything reach the store? | `rate(objectcache_saved_chunks_total[5m])`, `rate(objectcache_failed_saves_total[5m])` |
-| Does the ring have room for saves? | `rate(objectcache_dropped_saves_total[5m])` |
-| Are objects damaged? | `increase(objectcache_corrupt_chunks_total[1d])` |
-| What do requests cost? | `objectcache_get_requests_total`, `objectcache_head_requests_total`, `objectcache_put_requests_total`, times your prices |
+| What share of prompt tokens comes from the store? | `rate(vllm:objectcache_hit_tokens_total[5m]) / rate(vllm:prompt_tokens_total[5m])` |
+| Is what the store has also used? (the rest was in the GPU already, came late, or did not fit the ring) | `rate(vllm:objectcache_hit_tokens_total[5m]) / rate(vllm:objectcache_found_tokens_total[5m])` |
+| Is the store too slow? | `rate(vllm:objectcache_late_prompts_total[5m])`, `rate(vllm:objectcache_lookup_failures_total[5m])` |
+| Does anything reach the store? | `rate(vllm:objectcache_saved_chunks_total[5m])`, `rate(vllm:objectcache_failed_saves_total[5m])` |
+| Does the ring have room for saves? | `rate(vllm:objectcache_dropped_saves_total[5m])` |
+| Are objects damaged? | `increase(vllm:objectcache_corrupt_chunks_total[1d])` |
+| What do requests cost? | `vllm:objectcache_get_requests_total`, `vllm:objectcache_head_requests_total`, `vllm:objectcache_put_requests_total`, times your prices |
 
 vLLM itself counts `vllm:external_prefix_cache_queries_total` and `vllm:external_prefix_cache_hits_total`, in tokens, for whatever connector is on; the local prefix cache has `vllm:prefix_cache_queries_total` and `vllm:prefix_cache_hits_total`.
 

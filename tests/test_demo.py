@@ -2,8 +2,12 @@
 
 from benchmarks.demo import PROMPT_TOKENS, Serving, caveats, complaints, table
 
-COMPUTED = Serving("computes", [5, 6], 3.2, 0, {"objectcache_written_bytes_total": float(30 << 20)})
-FOUND = Serving("finds", [5, 6], 0.4, PROMPT_TOKENS // 2, {"objectcache_get_requests_total": 15.0})
+COMPUTED = Serving(
+    "computes", [5, 6], 3.2, 0, {"vllm:objectcache_written_bytes_total": float(30 << 20)}
+)
+FOUND = Serving(
+    "finds", [5, 6], 0.4, PROMPT_TOKENS // 2, {"vllm:objectcache_get_requests_total": 15.0}
+)
 WITHOUT = Serving("off", [5, 6], 3.1, 0, {})
 
 
@@ -31,7 +35,7 @@ def test_failure_says_where_to_look() -> None:
 
 
 def test_a_wait_for_the_store_is_not_passed_off_as_computing() -> None:
-    late = Serving("first engine", [5, 6], 12.7, 0, {"objectcache_late_prompts_total": 1.0})
+    late = Serving("first engine", [5, 6], 12.7, 0, {"vllm:objectcache_late_prompts_total": 1.0})
     (note,) = caveats([late, FOUND, WITHOUT])
     assert "first engine" in note and "no measure" in note
     assert caveats([COMPUTED, FOUND, WITHOUT]) == []

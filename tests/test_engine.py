@@ -198,7 +198,7 @@ def test_the_baseline_depends_on_its_kv(baseline: Report) -> None:
 def test_cold(cold: Report, baseline: Report) -> None:
     assert_equal(cold, baseline, FILL)
     assert [cached(step) for step in by_name(cold, FILL).values()] == [[0], [512, 0, 0], [0]]
-    assert metric(cold, "objectcache_saved_chunks_total") == 7 + 2 + 1 + 2
+    assert metric(cold, "vllm:objectcache_saved_chunks_total") == 7 + 2 + 1 + 2
     assert_nothing_left(cold)
 
 
@@ -217,9 +217,9 @@ def test_warm_in_another_process_with_another_hash_seed(
     assert seen["not sharing"] == [512, 512, 256]
     assert seen["salted"] == [512]
     assert seen["salted otherwise"] == [0]
-    assert metric(warm[0], "objectcache_missing_chunks_total") == 0
-    assert metric(warm[0], "objectcache_corrupt_chunks_total") == 0
-    assert metric(warm[0], "objectcache_duplicate_chunks_total") == 0
+    assert metric(warm[0], "vllm:objectcache_missing_chunks_total") == 0
+    assert metric(warm[0], "vllm:objectcache_corrupt_chunks_total") == 0
+    assert metric(warm[0], "vllm:objectcache_duplicate_chunks_total") == 0
     assert_nothing_left(warm[0])
 
 
@@ -246,7 +246,7 @@ def test_another_block_size_or_revision_never_hits(
         ],
         env=bucket.env(hash_seed=3),
     )
-    hits = [metric(report, "objectcache_hit_tokens_total") for report in reports]
+    hits = [metric(report, "vllm:objectcache_hit_tokens_total") for report in reports]
     assert hits == [0, 0, 2000 // CHUNK * CHUNK]
 
 
@@ -271,7 +271,7 @@ def test_preemption(model: Path, bucket: Bucket, warm: list[Report]) -> None:
     for report in (first, second):
         assert [tokens(step) for step in answers(report)] == [tokens(step) for step in answers(off)]
         assert metric(report, "vllm:num_preemptions_total") > 0
-        assert metric(report, "objectcache_hit_tokens_total") > 0
+        assert metric(report, "vllm:objectcache_hit_tokens_total") > 0
         assert_nothing_left(report)
 
 

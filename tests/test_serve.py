@@ -130,7 +130,7 @@ def metrics(url: str) -> dict[str, float]:
     return {
         line.split("{")[0]: float(line.rsplit(" ", 1)[1])
         for line in lines
-        if line.startswith("objectcache_")
+        if line.startswith("vllm:objectcache_")
     }
 
 
@@ -144,13 +144,15 @@ def test_serve_twice_with_a_restart_between(tmp_path: Path) -> None:
             assert complete(url) == want
             assert complete(url, cache_salt="tenant") == want
             seen = metrics(url)
-            assert seen["objectcache_hit_tokens_total"] == 0
+            assert seen["vllm:objectcache_hit_tokens_total"] == 0
         with serve(model, bucket, tmp_path / "warm.log") as url:
             assert complete(url) == want
             assert complete(url, cache_salt="somebody") == want
             seen = metrics(url)
-            assert seen["objectcache_hit_tokens_total"] == 1500 // 256 * 256
-            assert seen["objectcache_get_requests_total"] == 1500 // 256 + 1  # one asks at start-up
+            assert seen["vllm:objectcache_hit_tokens_total"] == 1500 // 256 * 256
+            assert (
+                seen["vllm:objectcache_get_requests_total"] == 1500 // 256 + 1
+            )  # one asks at start-up
         for log in ("cold.log", "warm.log"):
             text = (tmp_path / log).read_text(errors="replace")
             assert bucket.env["AWS_SECRET_ACCESS_KEY"] not in text
