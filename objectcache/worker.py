@@ -70,8 +70,6 @@ class WorkerHalf:
         )
         self._namespace: tuple[str, bytes] = ("", b"")
         self._commands = StepCommands()
-        self._copies: Copies | None = None
-        self._loop: LoopThread | None = None
         self._staged: dict[int, list[int]] = {}  # job -> slots, reported and not yet released
         self._loading: dict[int, list[int]] = {}  # job -> slots, being copied to pages
         self._given_up: set[int] = set()  # jobs released before they reported
@@ -85,6 +83,18 @@ class WorkerHalf:
         self._counters = Counters()
         self._reporter = Reporter()
         self._store_seen = dict.fromkeys(STORE_COUNTERS, 0)
+        # All that is slow to make is made now, in a start-up that is slow anyway: not in a step.
+        self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
+        self._store = open_store(options)
+        self._loop: LoopThread | None = LoopThread("objectcache-worker")
+        self._enter(self._loop, self._namespace)
+        self._loop.call(lambda loop: loop.spawn(self._open_store()), self._loop)
+
+    async def _open_store(self) -> None:
+        try:
+            await self._store.open()
+        except ObjectCacheError:
+            log.debug("objectcache: the store is not ready yet")  # the scheduler half says why
 
     # ---- hooks of a step, in their order
 
@@ -97,7 +107,8 @@ class WorkerHalf:
             if job not in never_mind:
                 self._release(job)
         if commands.namespace[0] and commands.namespace != self._namespace:
-            self._enter(commands.namespace)
+            assert self._loop is not None, "vLLM steps a worker that was shut down"
+            self._enter(self._loop, commands.namespace)
         for stage in commands.stages:
             if stage.job not in never_mind:
                 self._stage(stage)
@@ -107,23 +118,19 @@ class WorkerHalf:
         loads, self._commands.loads = self._commands.loads, []
         if not loads:
             return
-        assert self._copies is not None
         self._copies.submit_loads([(load.job, self._runs(load)) for load in loads])
         if not hooks_fire:
             self._copies.wait_all()
 
     def wait_for_layer(self, layer_name: str) -> None:
-        copies = self._copies
-        if copies is None or not copies.loading:
+        if not self._copies.loading:
             return
         layer = self._layers.get(layer_name)
         if layer is not None:  # a layer that shares another's KV has no pages of its own
-            copies.wait_layer(layer)
+            self._copies.wait_layer(layer)
 
     def end_forward(self) -> None:
         """After the forward pass: finish the loads, start the step's saves."""
-        if self._copies is None:
-            return
         self._copies.end_step()
         saves, self._commands.saves = self._commands.saves, []
         for save in saves:
@@ -143,11 +150,10 @@ class WorkerHalf:
         return StepReport(staged, saved) if staged or saved else None
 
     def stats(self) -> ObjectCacheStats | None:
-        if self._loop is not None:
-            for name in STORE_COUNTERS:
-                now = getattr(self._store.counters, name)
-                self._counters.add(name, now - self._store_seen[name])
-                self._store_seen[name] = now
+        for name in STORE_COUNTERS:
+            now = getattr(self._store.counters, name)
+            self._counters.add(name, now - self._store_seen[name])
+            self._store_seen[name] = now
         return self._counters.take()
 
     @property
@@ -160,7 +166,6 @@ class WorkerHalf:
         if self._loop is None:
             return
         loop, self._loop = self._loop, None
-        assert self._copies is not None
         self._copies.finish()
         self._hand_over_saves(loop)
         _drain(loop, self._saver, self._options.shutdown_drain_ms / 1000)
@@ -179,23 +184,19 @@ class WorkerHalf:
 
     # ---- commands
 
-    def _enter(self, namespace: tuple[str, bytes]) -> None:
+    def _enter(self, loop: LoopThread, namespace: tuple[str, bytes]) -> None:
         """The scheduler half named the namespace (again, after a reset): objects from now on bear it."""
         layout = ObjectLayout(
-            namespace[1],
+            namespace[1] or bytes(32),
             self._layout.chunk_tokens,
             self._layout.block_tokens,
             self._layout.shard,
             self._layout.shards,
             self._layout.slice_bytes,
         )
-        if self._loop is None:
-            self._loop = LoopThread("objectcache-worker")
-            self._store = open_store(self._options)
-            self._copies = open_copies(self._pages, self._slots, layout)
         self._layout, self._namespace = layout, namespace
         self._streamer = Streamer(
-            self._loop,
+            loop,
             self._store,
             layout,
             self._ring,
@@ -203,9 +204,7 @@ class WorkerHalf:
             self._options.stage_timeout_ms / 1000,
             self._on_staged,
         )
-        self._saver = Saver(
-            self._loop, self._store, layout, self._ring, self._slots.view, self._on_saved
-        )
+        self._saver = Saver(loop, self._store, layout, self._ring, self._slots.view, self._on_saved)
 
     def _key(self, chunk_hash: bytes) -> str:
         return keys.object_key(
@@ -245,7 +244,6 @@ class WorkerHalf:
         if slot is None:
             self._dropped.append(Saved(save.chunk_hash, "dropped"))
             return
-        assert self._copies is not None
         number, self._next_save = self._next_save, self._next_save + 1
         key = self._key(save.chunk_hash)
         self._saving[number] = (self._saver, key, save.chunk_hash, slot)
@@ -255,7 +253,7 @@ class WorkerHalf:
 
     def _collect(self) -> None:
         """Copies that ended: slots of loads go back, slots of saves go out."""
-        if self._copies is None or self._loop is None:
+        if self._loop is None:
             return
         for job in self._copies.loaded():
             self._ring.release(self._loading.pop(job))
@@ -263,7 +261,6 @@ class WorkerHalf:
         self._hand_over_saves(self._loop)
 
     def _hand_over_saves(self, loop: LoopThread) -> None:
-        assert self._copies is not None
         for number in self._copies.saved():
             saver, key, chunk_hash, slot = self._saving.pop(number)
             saver.save(key, chunk_hash, slot)

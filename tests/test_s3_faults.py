@@ -338,4 +338,6 @@ def test_a_server_without_conditional_put_is_noticed_once(
 
     with caplog.at_level(logging.INFO):
         lab.run(scenario)
-    assert [r.name for r in caplog.records if "objectcache" in r.name] == ["objectcache.stores.s3"]
+    assert [r.name for r in caplog.records if "objectcache" in r.name] == [
+        "vllm.objectcache.stores"
+    ]

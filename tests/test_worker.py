@@ -523,9 +523,14 @@ def test_shutdown_of_a_worker_that_was_never_used(workers: Workers, url: str) ->
     assert worker.half.report() is None and worker.half.stats() is None
 
 
-def test_nothing_runs_before_the_first_step(workers: Workers, url: str) -> None:
+def test_all_that_runs_begins_with_the_worker_and_ends_with_it(workers: Workers, url: str) -> None:
+    """In a start-up that is slow anyway, not in the first step with a request."""
     before = set(threading.enumerate())
-    workers(url)
+    worker = workers(url)
+    begun = {thread.name for thread in set(threading.enumerate()) - before}
+    assert begun == {"objectcache-worker"}
+    worker.step(stages=[stage(1, 1, 2)])
+    worker.half.shutdown()
     assert set(threading.enumerate()) == before
 
 

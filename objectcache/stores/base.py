@@ -46,6 +46,12 @@ class Store(ABC):
     name: str
     counters: StoreCounters
 
+    async def open(self) -> None:  # noqa: B027  most stores have nothing to make ready
+        """Make ready what the first call would have to wait for; asks the server nothing.
+
+        Not needed before other calls. Raises as they do if nothing can be made ready.
+        """
+
     @abstractmethod
     async def head(self, key: str) -> int:
         """Size of the object in bytes. Raises NotFound, Denied, Unavailable."""

@@ -26,7 +26,7 @@ from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheErro
 from objectcache.stores.base import Store, StoreCounters, check_key
 from objectcache.stores.s3_errors import RETRY_AFTER_MAX_S, Place, Verdict, endpoint_of, judge
 
-_LOG = logging.getLogger(__name__)
+_LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
 _T = TypeVar("_T")
 
 SLOWEST_BYTES_PER_S = 1 << 20  # a body may take this long on top of the timeouts, no longer
@@ -159,6 +159,9 @@ class S3Store(Store):
         self._client_lock = asyncio.Lock()
         self._no_client: tuple[float, ObjectCacheError] | None = None  # until when, and why
         self._closed = False
+
+    async def open(self) -> None:
+        await self._ready()
 
     async def head(self, key: str) -> int:
         check_key(key)
