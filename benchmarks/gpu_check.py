@@ -205,7 +205,12 @@ class _Check:
 
     def poison(self) -> None:
         """Nothing of what was computed is left in the engine."""
-        assert self.llm.reset_prefix_cache()
+        for _ in range(20):
+            if self.llm.reset_prefix_cache():
+                break
+            self.ask_quietly([5, 6, 7])  # blocks of aborted requests are freed some steps later
+        else:
+            raise RuntimeError("the engine does not let go of its blocks")
         for page in self.pages:
             page.fill_(POISON)
 
