@@ -5,7 +5,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -119,6 +119,7 @@ class ScriptedStore(Store):
         into: memoryview,
         *,
         start: int | None = None,
+        marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
     ) -> None:
         script = self.scripts.get(("read", key), Script())

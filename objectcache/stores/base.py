@@ -7,7 +7,7 @@ answer or by one of the errors of `objectcache.errors`; retries happen inside.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from objectcache.errors import Misconfigured
@@ -63,14 +63,18 @@ class Store(ABC):
         into: memoryview,
         *,
         start: int | None = None,
+        marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
     ) -> None:
         """Fill `into` with bytes of the object, in order.
 
         With `start`, the range [start, start + len(into)); without, the whole object, which must be
         len(into) bytes long: any other length raises Corrupt, before or after the body is read.
-        `landed(n)` is called on the loop, n never falling, whenever into[:n] is final; the last
-        call has n == len(into). If a retry happens it goes on where the body stopped or starts
+        `landed(n)` says that into[:n] is final, n never falling: soon after each of the `marks`
+        (rising offsets in `into`, where the caller has use for the news) is passed, perhaps more
+        often; the last call has n == len(into). It may come from any thread, never from two at
+        once for one read, and never after the read ended. Several reads with as many marks are
+        served so that none gets far ahead of the others. If a retry happens it goes on where the body stopped or starts
         over, but bytes that `landed` announced are not written again. An exception from `landed`
         ends the read and is passed on. Once the call ended, in whatever way, cancelled too,
         nothing writes to `into` any more.

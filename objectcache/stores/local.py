@@ -15,7 +15,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -71,6 +71,7 @@ class LocalStore(Store):
         into: memoryview,
         *,
         start: int | None = None,
+        marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
     ) -> None:
         self.counters.get_requests += 1

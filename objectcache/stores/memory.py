@@ -4,7 +4,7 @@ Two stores of one name in one process see the same objects; nothing is shared be
 """
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from objectcache.errors import Corrupt, NotFound, Unavailable
 from objectcache.stores.base import Store, StoreCounters, check_key
@@ -41,6 +41,7 @@ class MemoryStore(Store):
         into: memoryview,
         *,
         start: int | None = None,
+        marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
     ) -> None:
         self.counters.get_requests += 1

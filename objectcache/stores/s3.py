@@ -1,20 +1,21 @@
 """A bucket as a store, by aiobotocore. What a failure means: see s3_errors.py.
 
-One loop of attempts (`_attempts`) serves all requests; botocore's own retries are off, so that
-`attempts`, pauses, counters and the time limit have one meaning. (Below us, aiohttp repeats a
+botocore's own retries are off: attempts.py has the one loop for all data paths. (Below us, aiohttp repeats a
 request once if its connection ends without an answer, and botocore follows a bucket to another
 region; neither is counted.) A request holds one of `max_connections` slots while it runs. A body is received on the loop, straight into the caller's
 memory, so a cancelled read never writes again.
+
+The other data paths to S3 lean on this one: it knows the chain of credentials and the address of a
+bucket, does all that is rare, and what they cannot do they hand to it.
 """
 
 import asyncio
 import logging
-import random
-import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import botocore  # type: ignore[import-untyped]
@@ -23,19 +24,16 @@ from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError, Unavailable
+from objectcache.stores.attempts import Attempts, Failed
 from objectcache.stores.base import Store, StoreCounters, check_key
-from objectcache.stores.s3_errors import RETRY_AFTER_MAX_S, Place, Verdict, endpoint_of, judge
+from objectcache.stores.fill import Fill
+from objectcache.stores.gate import Gate
+from objectcache.stores.s3_errors import Place, Verdict, endpoint_of, judge
 
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
-_T = TypeVar("_T")
-
-SLOWEST_BYTES_PER_S = 1 << 20  # a body may take this long on top of the timeouts, no longer
 _PIECE_BYTES = 256 << 10  # of a body being sent: what one send takes, so nothing piles up behind
-_PAUSE_S = 0.05  # mean of the first pause is half of it; doubles with each attempt
-_THROTTLED_PAUSE_S = 0.25
 _SET_UP_LIMIT_S = 15.0  # for the chain to find credentials: STS and IMDS have limits of minutes
 _SET_UP_PAUSE_S = 3.0  # how long "no credentials" is believed before asking the chain again
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _COUNTER = {
     "get_object": "get_requests",
     "head_object": "head_requests",
@@ -43,14 +41,6 @@ _COUNTER = {
     "list_objects_v2": "list_requests",
     "delete_object": "delete_requests",
 }
-
-
-class _Failed(Exception):
-    """One attempt failed; what to do is in the verdict. Never leaves this file."""
-
-    def __init__(self, verdict: Verdict) -> None:
-        super().__init__(verdict.error.message)
-        self.verdict = verdict
 
 
 class _Body:
@@ -73,62 +63,24 @@ class _Body:
             self._counters.written_bytes += len(piece)
 
 
-class _Fill:
-    """How far one read has come: `into[:have]` is final."""
+@dataclass(frozen=True)
+class Address:
+    """Where a bucket's objects are: `{scheme}://{host}:{port}{path}{key}`, key quoted as S3 quotes it."""
 
-    def __init__(
-        self, into: memoryview, start: int | None, landed: Callable[[int], None] | None
-    ) -> None:
-        self.into = into
-        self.start = start  # None: the whole object
-        self.first = start or 0
-        self.landed = landed
-        self.have = 0
-        self.etag = ""  # of the object that the first bytes came from
+    scheme: str
+    host: str
+    port: int
+    path: str  # ends with a slash; the store's prefix is in it
+    region: str
 
-    def request(self) -> dict[str, str]:
-        """Parameters of the GET for what is missing."""
-        if self.start is None and self.have == 0:
-            return {}
-        last = self.first + len(self.into) - 1
-        wanted = {"Range": f"bytes={self.first + self.have}-{last}"}
-        if self.have and self.etag:
-            wanted["IfMatch"] = self.etag
-        return wanted
 
-    def offset(self, answer: dict[str, Any]) -> int:
-        """Bytes of the body to skip. Raises Corrupt if it cannot be, or end in, what is wanted."""
-        length = answer.get("ContentLength")
-        if answer["ResponseMetadata"]["HTTPStatusCode"] == 206:
-            return self._offset_in_part(answer.get("ContentRange") or "", length)
-        # 200: the whole object, asked for or not. Some servers ignore Range.
-        if length is not None:
-            self._check_size(length)
-        return self.first + self.have
+@dataclass(frozen=True)
+class Credentials:
+    """For signing now; ask again for each request, the chain renews them in time."""
 
-    def _offset_in_part(self, content_range: str, length: int | None) -> int:
-        match = _CONTENT_RANGE.fullmatch(content_range)
-        if match is None or int(match[1]) != self.first + self.have:
-            raise Corrupt(f"the server sent the range {content_range[:60]!r}, not what was asked.")
-        if match[3] != "*":
-            self._check_size(int(match[3]))
-        if length is not None and length != len(self.into) - self.have:
-            raise Corrupt(f"the server sent {length} bytes, not {len(self.into) - self.have}.")
-        return 0
-
-    def _check_size(self, size: int) -> None:
-        if self.start is None and size != len(self.into):
-            raise Corrupt(f"the object has {size} bytes, expected {len(self.into)}.")
-        if self.first + len(self.into) > size:
-            raise Corrupt(
-                f"the object has {size} bytes; {self.first}+{len(self.into)} was asked for."
-            )
-
-    def take(self, chunk: memoryview) -> None:
-        self.into[self.have : self.have + len(chunk)] = chunk
-        self.have += len(chunk)
-        if self.landed is not None:
-            self.landed(self.have)
+    access_key: str
+    secret_key: str = field(repr=False)
+    token: str | None = field(repr=False)
 
 
 class S3Store(Store):
@@ -146,16 +98,12 @@ class S3Store(Store):
                 "give the path of a PEM file with the CA of the server.",
             )
         self._options = options
-        self._attempts_max = options.attempts
-        self._silence_s = (options.connect_timeout_ms + options.read_timeout_ms) / 1000
-        self._place = Place(self.name, self._bucket, endpoint_of(options.endpoint_url) or "AWS S3")
-        # HEADs must not stand in line behind bulk: bodies may use all slots but an eighth.
-        self._slots = asyncio.Semaphore(options.max_connections)
-        self._bulk_slots = asyncio.Semaphore(
-            max(1, options.max_connections - max(1, options.max_connections // 8))
-        )
+        self.place = Place(self.name, self._bucket, endpoint_of(options.endpoint_url) or "AWS S3")
+        self.gate = Gate(options.max_connections)
+        self.attempts = Attempts(options, self.gate)
         self._conditional_put = True
         self._client: Any = None
+        self._chain: Any = None  # botocore's credentials, which renew themselves
         self._client_lock = asyncio.Lock()
         self._no_client: tuple[float, ObjectCacheError] | None = None  # until when, and why
         self._closed = False
@@ -174,6 +122,7 @@ class S3Store(Store):
         into: memoryview,
         *,
         start: int | None = None,
+        marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
     ) -> None:
         check_key(key)
@@ -184,18 +133,16 @@ class S3Store(Store):
             if landed is not None:
                 landed(0)
             return
-        fill = _Fill(into, start, landed)
-        async with self._slot(bulk=True):
-            await self._attempts(
-                what, len(into), lambda until: self._receive(key, what, fill, until)
-            )
+        fill = Fill(into, start, landed)
+        async with self.gate.slot(bulk=True):
+            await self.attempts.run(len(into), lambda until: self._receive(key, what, fill, until))
 
     async def write(self, key: str, body: memoryview) -> bool:
         check_key(key)
         what = f"PUT {key}"
-        async with self._slot(bulk=True):
-            return await self._attempts(
-                what, body.nbytes, lambda until: self._put(key, what, body, until)
+        async with self.gate.slot(bulk=True):
+            return await self.attempts.run(
+                body.nbytes, lambda until: self._put(key, what, body, until)
             )
 
     async def delete(self, key: str) -> None:
@@ -214,7 +161,7 @@ class S3Store(Store):
             if not page.get("IsTruncated"):
                 return
             if not token or token == more.get("ContinuationToken"):
-                raise Unavailable(f"LIST {prefix}: {self._place.endpoint} repeats a page.")
+                raise Unavailable(f"LIST {prefix}: {self.place.endpoint} repeats a page.")
             more = {"ContinuationToken": token}
 
     async def check(self) -> None:
@@ -225,15 +172,15 @@ class S3Store(Store):
         async def once(until: float) -> None:
             key = f"{self._prefix}objectcache-check"
             try:
-                answer = await self._send("get_object", what, self._silence_s, Key=key)
-            except _Failed as failed:
+                answer = await self._send("get_object", what, self.attempts.silence_s, Key=key)
+            except Failed as failed:
                 if not isinstance(failed.verdict.error, NotFound):
                     raise
             else:
                 answer["Body"].close()
 
-        async with self._slot():
-            await self._attempts(what, 0, once)
+        async with self.gate.slot():
+            await self.attempts.run(0, once)
 
     async def close(self) -> None:
         self._closed = True
@@ -242,39 +189,41 @@ class S3Store(Store):
             if client is not None:
                 await client.__aexit__(None, None, None)
 
+    # -- for the other data paths ---------------------------------------------------------------
+
+    async def address(self) -> Address:
+        """Where the chain and the options say that the bucket is. Asks the server nothing."""
+        client = await self._ready()
+        url = await client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": f"{self._prefix}x"}
+        )
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        path = parts.path.removesuffix("x")
+        return Address(parts.scheme, parts.hostname or "", port, path, client.meta.region_name)
+
+    async def credentials(self) -> Credentials | None:
+        """None if requests are not signed. Raises Denied if the chain has none now."""
+        if self._options.anonymous:
+            return None
+        await self._ready()
+        try:
+            async with asyncio.timeout(_SET_UP_LIMIT_S):
+                frozen = await self._chain.get_frozen_credentials()
+        except Exception as exc:  # judge() re-raises what is no failure of a store
+            raise judge(exc, "set-up", self.place).error from None
+        return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
     # -- one request -----------------------------------------------------------------------------
 
     async def _ask(self, operation: str, what: str, **params: Any) -> dict[str, Any]:
         """A request whose answer has no body to stream, with its attempts."""
 
         async def once(until: float) -> dict[str, Any]:
-            return await self._send(operation, what, self._silence_s, **params)
+            return await self._send(operation, what, self.attempts.silence_s, **params)
 
-        async with self._slot():
-            return await self._attempts(what, 0, once)
-
-    async def _attempts(
-        self, what: str, body_bytes: int, once: Callable[[float], Awaitable[_T]]
-    ) -> _T:
-        """Run `once(until)` until it does, or attempts or time are used up. `until`: loop time."""
-        loop = asyncio.get_running_loop()
-        limit_s = self._attempts_max * self._silence_s + body_bytes / SLOWEST_BYTES_PER_S
-        until = loop.time() + limit_s
-        for attempt in range(1, self._attempts_max + 1):
-            try:
-                return await once(until)
-            except _Failed as failed:
-                verdict = failed.verdict
-                pause_s = _pause_s(attempt, verdict)
-                if (
-                    not verdict.retry
-                    or attempt == self._attempts_max
-                    or verdict.retry_after_s > RETRY_AFTER_MAX_S
-                    or loop.time() + pause_s >= until
-                ):
-                    raise verdict.error from None  # the cause may quote headers
-            await asyncio.sleep(pause_s)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        async with self.gate.slot():
+            return await self.attempts.run(0, once)
 
     async def _send(
         self, operation: str, what: str, limit_s: float, **params: Any
@@ -292,10 +241,10 @@ class S3Store(Store):
         except ObjectCacheError:
             raise
         except Exception as exc:  # judge() re-raises what is no failure of a store
-            raise _Failed(judge(exc, what, self._place)) from None
+            raise Failed(judge(exc, what, self.place)) from None
 
     async def _put(self, key: str, what: str, view: memoryview, until: float) -> bool:
-        limit_s = self._silence_s + view.nbytes / SLOWEST_BYTES_PER_S
+        limit_s = self.attempts.limit_s(view.nbytes)
         where = {"Key": self._prefix + key}
         if not self._conditional_put and await self._exists(what, where):
             return False
@@ -303,7 +252,7 @@ class S3Store(Store):
         body = _Body(view, self.counters)
         try:
             await self._send("put_object", what, limit_s, Body=body, **where, **condition)
-        except _Failed as failed:
+        except Failed as failed:
             if failed.verdict.precondition:
                 return False
             if not (failed.verdict.unsupported and condition):
@@ -312,28 +261,33 @@ class S3Store(Store):
                 self._conditional_put = False
                 _LOG.warning(
                     "%s does not know conditional PUT (If-None-Match); a HEAD stands in for it",
-                    self._place.endpoint,
+                    self.place.endpoint,
                 )
             return await self._put(key, what, view, until)
         return True
 
     async def _exists(self, what: str, where: dict[str, str]) -> bool:
         try:
-            await self._send("head_object", what, self._silence_s, **where)
-        except _Failed as failed:
+            await self._send("head_object", what, self.attempts.silence_s, **where)
+        except Failed as failed:
             if isinstance(failed.verdict.error, NotFound):
                 return False
             raise
         return True
 
-    async def _receive(self, key: str, what: str, fill: _Fill, until: float) -> None:
+    async def _receive(self, key: str, what: str, fill: Fill, until: float) -> None:
         """One GET of what `fill` lacks, into its memory."""
+        missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
+        params = {name: value for name, value in missing.items() if value is not None}
         answer = await self._send(
-            "get_object", what, self._silence_s, Key=self._prefix + key, **fill.request()
+            "get_object", what, self.attempts.silence_s, Key=self._prefix + key, **params
         )
         body = answer["Body"]
         try:
-            skip = fill.offset(answer)
+            status = answer["ResponseMetadata"]["HTTPStatusCode"]
+            skip = fill.offset(
+                status, answer.get("ContentRange") or "", answer.get("ContentLength")
+            )
             fill.etag = fill.etag or answer.get("ETag", "")
             stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
             await self._drain(stream, fill, skip, what, until)
@@ -343,7 +297,7 @@ class S3Store(Store):
             body.close()  # an unread rest takes its connection with it; a read one gave it back
 
     async def _drain(
-        self, stream: aiohttp.StreamReader, fill: _Fill, skip: int, what: str, until: float
+        self, stream: aiohttp.StreamReader, fill: Fill, skip: int, what: str, until: float
     ) -> None:
         """Body to memory. Each chunk is copied once, as it comes; nothing is joined."""
         clock = asyncio.get_running_loop().time
@@ -354,7 +308,7 @@ class S3Store(Store):
             except (aiohttp.ClientError, OSError) as exc:
                 if fill.have == wanted:
                     return
-                raise _Failed(judge(exc, what, self._place)) from None
+                raise Failed(judge(exc, what, self.place)) from None
             if not chunk:
                 if boundary:  # of HTTP's chunked coding, not the end
                     continue
@@ -371,19 +325,10 @@ class S3Store(Store):
             if fill.have == wanted and fill.start is not None:
                 return
             if clock() > until:
-                raise _Failed(Verdict(Unavailable(f"{what}: {self._place.endpoint} is too slow.")))
+                raise Failed(Verdict(Unavailable(f"{what}: {self.place.endpoint} is too slow.")))
         if fill.have < wanted:
             error = Unavailable(f"{what}: the body ended after {fill.have} of {wanted} bytes.")
-            raise _Failed(Verdict(error, retry=True))
-
-    @asynccontextmanager
-    async def _slot(self, bulk: bool = False) -> AsyncIterator[None]:
-        if bulk:
-            async with self._bulk_slots, self._slots:
-                yield
-        else:
-            async with self._slots:
-                yield
+            raise Failed(Verdict(error, retry=True))
 
     # -- the client ------------------------------------------------------------------------------
 
@@ -401,11 +346,11 @@ class S3Store(Store):
                 try:
                     async with asyncio.timeout(_SET_UP_LIMIT_S):
                         self._client = await self._make_client()
-                    self._place = Place(
+                    self.place = Place(
                         self.name, self._bucket, endpoint_of(self._client.meta.endpoint_url)
                     )
                 except Exception as exc:  # judge() re-raises what is no failure of a store
-                    error = judge(exc, "set-up", self._place).error
+                    error = judge(exc, "set-up", self.place).error
                     self._no_client = (now + _SET_UP_PAUSE_S, error)
                     raise error from None
             return self._client
@@ -413,7 +358,8 @@ class S3Store(Store):
     async def _make_client(self) -> Any:
         options = self._options
         session = AioSession(profile=options.profile or None)
-        if not options.anonymous and await session.get_credentials() is None:
+        self._chain = None if options.anonymous else await session.get_credentials()
+        if not options.anonymous and self._chain is None:
             # A client made now would stay without credentials for ever; a role may come later.
             raise botocore.exceptions.NoCredentialsError
         style = options.addressing_style
@@ -441,8 +387,3 @@ class S3Store(Store):
             verify=options.ca_bundle or None,
             config=config,
         ).__aenter__()
-
-
-def _pause_s(attempt: int, verdict: Verdict) -> float:
-    base_s = _THROTTLED_PAUSE_S if verdict.throttled else _PAUSE_S
-    return max(random.random() * base_s * 2.0 ** (attempt - 1), verdict.retry_after_s)
