@@ -80,6 +80,7 @@ WORLD = {
 BROAD = {
     ("stores.s3", "_send"): "judge() raises what is no failure of a store",
     ("stores.s3", "_ready"): "judge() raises what is no failure of a store",
+    ("stores.s3", "credentials"): "judge() raises what is no failure of a store",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
     ("streamer", "_outcomes"): "reads may still write to slots",
     ("stores.local", "_outlast"): "a thread may still write to the caller's memory",
