@@ -134,15 +134,27 @@ def _tail(log: Path, lines: int = 40) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
+# Of one page: a digest of its bytes; where its values point, a number that any displaced, missing or
+# foreign value changes; and their norm, by which to judge a difference of the second.
+Page = tuple[str, float, float]
+
+
+def _page(values: Any) -> Page:
+    import torch
+
+    digest = hashlib.sha256(values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    flat = values.double().flatten()
+    direction = torch.arange(len(flat), dtype=torch.float64).add_(1).mul_(0.7).cos_()
+    return digest, float(flat @ direction), float(flat.norm())
+
+
 class PageReader:
     """What vLLM mixes into its worker (`worker_extension_cls`): a look at the KV pages."""
 
     model_runner: Any
 
-    def page_digests(self, request: str, tokens: int) -> dict[str, list[str]] | None:
-        """Return, by layer, a digest of each full page of a running request; None if it is gone."""
-        import torch
-
+    def page_digests(self, request: str, tokens: int) -> dict[str, list[Page]] | None:
+        """Return, by layer, what each full page of a running request holds; None if it is gone."""
         block_tokens = self.model_runner.cache_config.block_size
         for known, state in self.model_runner.requests.items():
             if known == request or known.startswith(request + "-"):
@@ -153,12 +165,7 @@ class PageReader:
         layers = self.model_runner.compilation_config.static_forward_context
         pages = {name: layer.kv_cache for name, layer in layers.items()}
         return {
-            name: [
-                hashlib.sha256(
-                    page[block].contiguous().view(torch.uint8).numpy().tobytes()
-                ).hexdigest()[:16]
-                for block in blocks
-            ]
+            name: [_page(page[block].contiguous()) for block in blocks]
             for name, page in pages.items()
         }
 
@@ -276,8 +283,8 @@ class _Batch:
                 result["finish_reason"] = completion.finish_reason
                 result["seconds"] = age_s
 
-    def _pages(self, name: str, tokens: int) -> dict[str, list[str]]:
-        found: dict[str, list[str]] | None = self.llm.collective_rpc(
+    def _pages(self, name: str, tokens: int) -> dict[str, list[Page]]:
+        found: dict[str, list[Page]] | None = self.llm.collective_rpc(
             "page_digests", args=(name, tokens)
         )[0]
         if found is None:

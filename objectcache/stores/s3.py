@@ -11,6 +11,7 @@ bucket, does all that is rare, and what they cannot do they hand to it.
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,17 +45,27 @@ _COUNTER = {
 
 
 class _Body:
-    """A memoryview as botocore (length, rewind) and aiohttp (async iterable) take it, uncopied."""
+    """A memoryview as botocore and its CRT signer (a file) and aiohttp (async iterable) take it, uncopied."""
 
     def __init__(self, view: memoryview, counters: StoreCounters) -> None:
         self._view = view.cast("B") if view.nbytes != len(view) else view
         self._counters = counters
+        self._at = 0
 
     def __len__(self) -> int:
         return len(self._view)
 
-    def seek(self, offset: int) -> None:
-        """Each iteration starts at the beginning anyway."""
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        piece = self._view[self._at :] if size < 0 else self._view[self._at : self._at + size]
+        self._at += len(piece)
+        return bytes(piece)
 
     async def __aiter__(self) -> AsyncIterator[memoryview]:
         for at in range(0, len(self._view), _PIECE_BYTES):

@@ -1,0 +1,7 @@
+"""What every test has in common. No fixtures: those stand where they are used."""
+
+import os
+
+# With awscrt beside it botocore signs in another way. Most users have none; test_s3_crt.py is for
+# those who do.
+os.environ.setdefault("BOTO_DISABLE_CRT", "true")
