@@ -57,6 +57,11 @@ def _model_refusal(vllm_config: Any) -> str | None:
         return "The model's attention is bidirectional: KV depends on tokens after the prefix."
     if getattr(getattr(vllm_config, "attention_config", None), "use_non_causal", False):
         return "attention_config.use_non_causal is set: KV depends on tokens after the prefix."
+    if _ignores_prefixes(vllm_config):
+        return (
+            "Chunked prefill and prefix caching are both off for this MLA model, as vLLM sets them "
+            "where the attention backend does not read a prefix: a hit would give wrong tokens."
+        )
     if getattr(text, "dual_chunk_attention_config", None):
         return "Dual chunk attention is not supported: its positions depend on the sequence length."
     if getattr(cache, "calculate_kv_scales", False):
@@ -68,6 +73,16 @@ def _model_refusal(vllm_config: Any) -> str | None:
     if getattr(vllm_config, "weight_transfer_config", None) is not None:
         return "weight_transfer_config is set: the weights change while the engine runs."
     return None
+
+
+def _ignores_prefixes(vllm_config: Any) -> bool:
+    """MLA without AMX on a CPU: its prefill attends only to the tokens of the step. Seen in 0.32: with
+    a hit the KV of the tokens after it was wrong."""
+    return (
+        bool(getattr(vllm_config.model_config, "use_mla", False))
+        and not getattr(vllm_config.scheduler_config, "enable_chunked_prefill", True)
+        and not vllm_config.cache_config.enable_prefix_caching
+    )
 
 
 def _bidirectional_text(text_config: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace as Fake
 from typing import Any
 
@@ -27,6 +28,24 @@ def test_a_window_on_a_full_cache_is_not_refused(base: Any, window: dict[str, in
 
 def test_mla_is_not_refused(base: Any) -> None:
     assert refusal(base, kv_cache_config(layer_spec("MLAAttentionSpec", num_kv_heads=1))) is None
+
+
+def test_mla_on_a_backend_that_does_not_read_a_prefix_is_refused(tmp_path: Path) -> None:
+    from transformers import DeepseekV2Config
+
+    DeepseekV2Config(architectures=["DeepseekV2ForCausalLM"]).save_pretrained(tmp_path)
+    config = engine_config(tmp_path, max_model_len=1024)
+    pages = kv_cache_config(layer_spec("MLAAttentionSpec", num_kv_heads=1))
+    for chunked, cached in ((True, True), (True, False), (False, True), (False, False)):
+        config = changed(config, "scheduler_config.enable_chunked_prefill", chunked)
+        config = changed(config, "cache_config.enable_prefix_caching", cached)
+        reason = refusal(config, pages)
+        assert (reason is None) == (chunked or cached)
+        assert reason is None or "does not read a prefix" in reason
+    plain = engine_config(save_tiny_model(tmp_path / "tiny"))
+    plain = changed(plain, "scheduler_config.enable_chunked_prefill", False)
+    plain = changed(plain, "cache_config.enable_prefix_caching", False)
+    assert refusal(plain, kv_cache_config()) is None
 
 
 @pytest.mark.parametrize(
