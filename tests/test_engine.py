@@ -103,16 +103,18 @@ def by_name(report: Report, names: Iterable[str]) -> dict[str, Step]:
 Bytes = dict[tuple[Any, ...], dict[str, str]]
 
 
-def written(cold: Report) -> Bytes:
-    """Of each page that an engine computed and may have saved, by the prompt up to its end: a digest
-    for each layer. What was computed first was saved."""
-    pages: Bytes = {}
-    for step, asked in zip(answers(cold), (SITUATIONS[name] for name in FILL), strict=False):
-        for request, prompt in zip(step["requests"], asked["prompts"], strict=True):
-            for at in range(len(prompt["prompt_token_ids"]) // BLOCK):
-                digests = {layer: page[at][0] for layer, page in request["pages"].items()}
-                pages.setdefault(_up_to(prompt, at), digests)
-    return pages
+def written(*lives: tuple[Report, Iterable[str]]) -> Bytes:
+    """Of each page that these engines, one after the other, computed and may have saved, by the prompt
+    up to its end: a digest for each layer. What was computed first was saved."""
+    digests: Bytes = {}
+    for report, names in lives:
+        for name, step in by_name(report, names).items():
+            asked = SITUATIONS[name]["prompts"] if SITUATIONS[name]["pages"] else []
+            for request, prompt in zip(step["requests"], asked, strict=False):
+                for at in range(len(prompt["prompt_token_ids"]) // BLOCK):
+                    page = {layer: pages[at][0] for layer, pages in request["pages"].items()}
+                    digests.setdefault(_up_to(prompt, at), page)
+    return digests
 
 
 def _up_to(prompt: Any, page: int) -> tuple[Any, ...]:
@@ -230,7 +232,7 @@ def test_the_baseline_depends_on_its_kv(baseline: Report) -> None:
 
 
 def test_cold(cold: Report, baseline: Report) -> None:
-    assert_equal(cold, baseline, FILL, written(cold))
+    assert_equal(cold, baseline, FILL, written((cold, FILL)))
     assert [cached(step) for step in by_name(cold, FILL).values()] == [[0], [512, 0, 0], [0]]
     assert metric(cold, "vllm:objectcache_saved_chunks_total") == 7 + 2 + 1 + 2
     assert_nothing_left(cold)
@@ -239,7 +241,7 @@ def test_cold(cold: Report, baseline: Report) -> None:
 def test_warm_in_another_process_with_another_hash_seed(
     warm: list[Report], cold: Report, baseline: Report
 ) -> None:
-    assert_equal(warm[0], baseline, SITUATIONS, written(cold))
+    assert_equal(warm[0], baseline, SITUATIONS, written((cold, FILL)))
     seen = {name: cached(step) for name, step in by_name(warm[0], SITUATIONS).items()}
     assert seen["whole"] == [2000 // CHUNK * CHUNK]
     for n in BOUNDARIES:
@@ -258,7 +260,8 @@ def test_warm_in_another_process_with_another_hash_seed(
 
 
 def test_warm_with_chunked_prefill(warm: list[Report], cold: Report, baseline: Report) -> None:
-    assert_equal(warm[1], baseline, CHUNKED, written(cold))
+    saved = written((cold, FILL), (warm[0], SITUATIONS))
+    assert_equal(warm[1], baseline, CHUNKED, saved)
     assert cached(by_name(warm[1], CHUNKED)["whole"]) == [1792]
     assert_nothing_left(warm[1])
 
@@ -340,7 +343,7 @@ def test_abort_during_a_load(
     for step in aborted:
         assert step["requests"][0]["finish_reason"] == "abort"
         assert tokens(step)[1] == tokens(whole["sharing"])[0]
-    assert_equal_steps(last, whole["whole"], SITUATIONS["whole"], written(cold))
+    assert_equal_steps(last, whole["whole"], SITUATIONS["whole"], written((cold, FILL)))
     assert cached(last) == [1792]
     assert_nothing_left(report)
 
