@@ -17,14 +17,15 @@ from collections import deque
 from dataclasses import dataclass, field
 
 START = 16  # many engines may start at once; five doublings from what a large store rewards
-ROUND_BODIES = 4  # and at least half of the limit: fewer say nothing
+ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
 PAYS = 1 / 3  # of the goodput that more connections would bring on an idle wire, to be worth it
-AS_GOOD = 0.95  # goodput that fewer connections must keep
-SOONER = 0.8  # and by how much sooner their first bytes must come: else fewer are no gain
+AS_GOOD = 0.9  # goodput that fewer connections must keep
+SOONER = 0.9  # and by how much sooner their first bytes must come: else fewer are no gain
+CHANGED = 1.25  # times the goodput of before, under the same limit: look at once if more will do
 LIKE = 1.5  # rounds whose mean bodies differ by more than this factor are not compared
-REST_ROUNDS, REST_ROUNDS_MAX = 8, 64  # between trials; doubles with each that did not pay
+REST_ROUNDS, REST_ROUNDS_MAX = 8, 32  # between trials; doubles with each that did not pay
 CUT = 0.7  # on 503
 ONE_BURST_S = 0.5  # refusals of one moment come within this, or two long first-byte times
 ONE_BURST_MAX_S = 5.0
@@ -53,6 +54,7 @@ class StoreModel:
     first_byte_p99_s: float = 0.2
     connection_bytes_per_s: float = 80e6
     wire_bytes_per_s: float = math.inf  # all connections together; infinite until it was met
+    requests_per_s: float = 5500.0  # what S3 serves below one prefix; not measured
 
 
 @dataclass
@@ -200,7 +202,7 @@ class Flow:
     # -- rounds and trials -----------------------------------------------------------------------
 
     def _enough(self) -> int:
-        return max(ROUND_BODIES, self._limit() // (2 if self._step == TWICE else 1))
+        return max(ROUND_BODIES, self._limit()) // (2 if self._step == TWICE else 1)
 
     def _go(self, now: float, trial: float | None) -> None:
         """Begin a round."""
@@ -220,6 +222,8 @@ class Flow:
         elif self._pays(seen, self._known):
             if self._step == MORE and not self._fine:
                 self._step = TWICE
+            if self._trial < self._base:  # step by step it must not lose more than AS_GOOD
+                seen.bytes_per_s = max(seen.bytes_per_s, self._known.bytes_per_s)
             self._base, self._known = self._trial, seen
             self._rest, self._pause = 0, REST_ROUNDS
             self._go(now, self._next(now))
@@ -243,12 +247,21 @@ class Flow:
         if known is None or not seen.like(known):
             self._known = seen
             return
+        if seen.bytes_per_s > known.bytes_per_s * CHANGED:
+            self._look(seen, MORE)
+            return
         if known.first_byte_s is not None and seen.first_byte_s is not None:
             if seen.first_byte_s > 2 * known.first_byte_s and seen.bytes_per_s < known.bytes_per_s:
-                self._step, self._rest = LESS, 0  # it queues somewhere: look now if fewer will do
+                self._look(seen, LESS)  # they stand in line there
+                return
             known.first_byte_s += (seen.first_byte_s - known.first_byte_s) / 4
         known.bytes_per_s += (seen.bytes_per_s - known.bytes_per_s) / 4
         self._wire_best = max(known.bytes_per_s, self._wire_best * (1 - FADE_ROUNDS))
+
+    def _look(self, seen: _Seen, step: float) -> None:
+        """The store has changed: a trial at once."""
+        self._known, self._step, self._fine = seen, step, False
+        self._rest, self._pause = 0, REST_ROUNDS
 
     def _next(self, now: float) -> float | None:
         """The limit of the next round if it is to be a trial."""

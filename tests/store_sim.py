@@ -103,12 +103,17 @@ class SimulatedStore:
         self.wire = Wire(line, connection_bytes_per_s, wire_bytes_per_s)
         self._first_byte_s = first_byte_s
         self._sigma = math.log(first_byte_p99_s / first_byte_s) / 2.326
-        self._idle = servers
+        self._servers = self._idle = servers
         self._waiting: deque[Callable[[], None]] = deque()
         self._requests_per_s = requests_per_s
         self._tokens, self._tokens_at = min(requests_per_s / 2, 1e9), 0.0
         self.random = random.Random(seed)
         self.refused = 0
+
+    def serve_with(self, servers: int) -> None:
+        """From now on as many requests are served at once."""
+        self._idle += servers - self._servers
+        self._servers = servers
 
     def get(
         self,
@@ -134,13 +139,13 @@ class SimulatedStore:
             self.wire.send([*before, (size, lambda: end(last))])
 
         def end(last: Callable[[], None]) -> None:
-            if self._waiting:
+            self._idle += 1
+            if self._waiting and self._idle > 0:
+                self._idle -= 1
                 self._waiting.popleft()()
-            else:
-                self._idle += 1
             last()
 
-        if self._idle:
+        if self._idle > 0:
             self._idle -= 1
             serve()
         else:
