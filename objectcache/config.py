@@ -50,7 +50,11 @@ class Options:
         bytes=True,
     )
     max_connections: int = _option(
-        32, "Requests in flight to the store, for each engine process.", low=1, high=4096
+        256,
+        "Most requests in flight to the store, for each engine process. How many of them with bodies "
+        "the store rewards is measured, beginning with 16; on 503 there are fewer.",
+        low=1,
+        high=4096,
     )
     lookup_timeout_ms: int = _option(
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1

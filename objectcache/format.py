@@ -85,6 +85,11 @@ class ObjectLayout:
         """The byte range of one layer."""
         return slice(self.offsets[layer], self.offsets[layer] + self.slice_bytes[layer])
 
+    def span(self, first: int, last: int) -> slice:
+        """The byte range of layers [first, last); the header goes with layer 0."""
+        start = self.offsets[first] if first else 0
+        return slice(start, self.offsets[last - 1] + self.slice_bytes[last - 1])
+
     def seal(self, buffer: memoryview, chunk_hash: bytes) -> None:
         """Write the header for the slices that `buffer` (object_bytes long) holds already."""
         sums = [checksum(buffer[self.slice_of(layer)]) for layer in range(len(self.slice_bytes))]

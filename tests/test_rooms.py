@@ -22,9 +22,11 @@ MAP: dict[str, str] = {
     "admission": "",
     "breaker": "",
     "config": "",
+    "flow": "",
     "format": "",
     "index": "",
     "keys": "",
+    "plan": "",
     "support": "",
     "ring": "threads",  # one lock
     # ways to the world
@@ -62,7 +64,8 @@ MAP: dict[str, str] = {
     "__main__": "",
 }
 PURE = {
-    *("errors", "admission", "breaker", "config", "format", "index", "keys", "support", "ring"),
+    *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
+    *("support", "ring"),
 }
 WORLD = {
     "torch": "torch",

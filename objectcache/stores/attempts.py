@@ -50,6 +50,8 @@ class Attempts:
                 verdict = failed.verdict
                 if verdict.throttled:
                     self._gate.throttled()
+                elif verdict.retry:
+                    self._gate.failed()
                 pause_s = _pause_s(attempt, verdict)
                 if (
                     not verdict.retry

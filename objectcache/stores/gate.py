@@ -1,29 +1,100 @@
-"""How many requests to one S3 endpoint are in flight, whichever data path sends them. How many that should be: see flow.py."""
+"""Which request to one S3 endpoint goes next, whichever data path sends it. How many that should be: see flow.py.
+
+All calls are made on the loop of the store.
+"""
 
 import asyncio
+import itertools
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from objectcache.flow import START, Flow, StoreModel
+
+
+@dataclass
+class _Line:
+    """Requests of one kind: those that hold a slot, and those that wait, with their numbers."""
+
+    held: int = 0
+    waiting: "deque[tuple[int, asyncio.Future[None]]]" = field(default_factory=deque)
 
 
 class Gate:
-    """At most `most` requests at once. HEADs must not stand in line behind bulk: bodies may use all but an eighth."""
+    """At most `most` requests at once, and of those with bodies ("bulk") only as many as the store
+    rewards. Small ones do not stand in line behind bulk: an eighth is kept for them, and a store
+    that asks for fewer requests gets fewer small ones only down to that or START."""
 
     def __init__(self, most: int) -> None:
-        self._all = asyncio.Semaphore(most)
-        self._bulk = asyncio.Semaphore(max(1, most - max(1, most // 8)))
+        kept = max(1, most // 8)
+        self._most = most
+        self._small_least = max(kept, min(most, START))
+        self._flow = Flow(max(1, most - kept))
+        self._small, self._bulk = _Line(), _Line()
+        self._numbers = itertools.count()
+
+    @property
+    def bulk_limit(self) -> int:
+        """Requests with bodies that may be in flight now."""
+        return self._flow.limit(_now())
+
+    def model(self) -> StoreModel:
+        """What the store was seen to give."""
+        return self._flow.model()
 
     @asynccontextmanager
     async def slot(self, bulk: bool = False) -> AsyncIterator[None]:
-        """Wait for room, hold it. On the loop."""
-        if bulk:
-            async with self._bulk, self._all:
-                yield
-        else:
-            async with self._all:
-                yield
+        """Wait for room, hold it. In order of arrival, but nobody waits for the other kind's limit."""
+        line = self._bulk if bulk else self._small
+        turn = asyncio.get_running_loop().create_future()
+        line.waiting.append((next(self._numbers), turn))
+        self._admit()
+        try:
+            await turn
+            yield
+        finally:
+            if turn.done() and not turn.cancelled():
+                self._leave(line)
+                self._admit()
+            else:
+                turn.cancel()  # _admit passes over it
 
-    def arrived(self, body_bytes: int, seconds: float) -> None:
-        """A body came in so many seconds, first byte included."""
+    def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
+        """A body came in so many seconds since its request was sent. While its slot is held."""
+        self._flow.arrived(_now(), body_bytes, first_byte_s, seconds)
+
+    def failed(self) -> None:
+        """A request got no answer that settles it, other than `throttled`."""
+        self._flow.failed(_now())
 
     def throttled(self) -> None:
         """The server asked for fewer requests."""
+        self._flow.throttled(_now())
+
+    def _leave(self, line: _Line) -> None:
+        line.held -= 1
+        if line is self._bulk:
+            self._flow.ended(_now())
+
+    def _admit(self) -> None:
+        """Give free slots to whoever waits longest and may have one."""
+        now = _now()
+        while self._small.held + self._bulk.held < self._most:
+            limit = self._flow.limit(now)
+            limits = ((self._small, max(self._small_least, limit)), (self._bulk, limit))
+            lines = [line for line, most in limits if line.waiting and line.held < most]
+            if not lines:
+                return
+            line = min(lines, key=lambda line: line.waiting[0][0])
+            _, turn = line.waiting.popleft()
+            if turn.cancelled():
+                continue
+            turn.set_result(None)
+            line.held += 1
+            if line is self._bulk:
+                self._flow.began(now)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -288,11 +288,15 @@ class S3Store(Store):
 
     async def _receive(self, key: str, what: str, fill: Fill, until: float) -> None:
         """One GET of what `fill` lacks, into its memory."""
+        await self._ready()  # not in the time of the request
+        clock, had = asyncio.get_running_loop().time, fill.have
+        asked = clock()
         missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
         params = {name: value for name, value in missing.items() if value is not None}
         answer = await self._send(
             "get_object", what, self.attempts.silence_s, Key=self._prefix + key, **params
         )
+        first_byte_s = clock() - asked
         body = answer["Body"]
         try:
             status = answer["ResponseMetadata"]["HTTPStatusCode"]
@@ -302,6 +306,7 @@ class S3Store(Store):
             fill.etag = fill.etag or answer.get("ETag", "")
             stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
             await self._drain(stream, fill, skip, what, until)
+            self.gate.arrived(fill.have - had, clock() - asked, first_byte_s)
         except Corrupt as exc:
             raise Corrupt(f"{what}: {exc.message}") from None
         finally:

@@ -1,0 +1,320 @@
+"""How many bodies may be on their way from one store at once, and what that store gives, as measured. Not who waits: see stores/gate.py.
+
+Pure: events and `now` (seconds, any monotonic clock) in, numbers out. It climbs a hill. A round is
+some bodies that were received while the limit was in full use; its goodput is that of the round.
+A trial is a round with another limit:
+
+    twice as many, until that no longer pays     (at the start, and after a trial up that paid)
+    a quarter more, until that no longer pays    (after a doubling that did not pay)
+    then rest; now and then a quarter more, or a fifth less, in turn
+
+A trial that does not pay goes back. On 503 the number is cut at once, after some seconds it rises by
+small steps to less than was refused, and what is above that is tried again after a longer quiet.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+START = 16  # many engines may start at once; five doublings from what a large store rewards
+ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
+USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
+TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
+PAYS = 1 / 3  # of the goodput that more connections would bring on an idle wire, to be worth it
+AS_GOOD = 0.9  # goodput that fewer connections must keep
+SOONER = 0.9  # and by how much sooner their first bytes must come: else fewer are no gain
+CHANGED = 1.25  # times the goodput of before, under the same limit: look at once if more will do
+LIKE = 1.5  # rounds whose mean bodies differ by more than this factor are not compared
+REST_ROUNDS, REST_ROUNDS_MAX = 8, 32  # between trials; doubles with each that did not pay
+CUT = 0.7  # on 503
+ONE_BURST_S = 0.5  # refusals of one moment come within this, or two long first-byte times
+ONE_BURST_MAX_S = 5.0
+MEND_S, MEND_TO = (
+    5.0,
+    0.85,
+)  # when small steps up begin, and at what share of the refused number they end
+QUIET_S, QUIET_MAX_S = (
+    5.0,
+    80.0,
+)  # no trial after a cut; doubles if the next trial led to a cut, too
+FORGIVE_S = (
+    160.0  # quiet time is short again if so long after it there was no cut; S3 scales up in minutes
+)
+IDLE_S = 600.0  # after this the server may be another one: begin with half
+SAMPLES = 256  # first-byte times remembered: enough for a p99
+TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
+FADE_BODIES, FADE_ROUNDS = 1 / 1024, 1 / 64  # by which a best value fades with each new one
+
+
+@dataclass(frozen=True)
+class StoreModel:
+    """What a store gives, for plans. The defaults are what S3 gives in its own region."""
+
+    first_byte_s: float = 0.03  # median
+    first_byte_p99_s: float = 0.2
+    connection_bytes_per_s: float = 80e6
+    wire_bytes_per_s: float = math.inf  # all connections together; infinite until it was met
+    requests_per_s: float = 5500.0  # what S3 serves below one prefix; not measured
+
+
+@dataclass
+class _Round:
+    """What was seen under one limit. Goodput by Little's law: mean in flight times mean rate of a
+    body. Unlike bytes per second it does not depend on where in a body the round begins or ends."""
+
+    bodies: int = 0
+    body_bytes: int = 0
+    seconds: float = 0.0  # of the bodies, one after the other
+    used_s: float = 0.0  # in which the limit was in use
+    in_flight_s: float = 0.0  # requests in flight, over that time
+    first_bytes_s: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Seen:
+    """A round's result."""
+
+    bytes_per_s: float
+    first_byte_s: float | None
+    body_bytes: float
+
+    def like(self, other: "_Seen") -> bool:
+        return 1 / LIKE <= self.body_bytes / other.body_bytes <= LIKE
+
+
+class Flow:
+    """The limit for one store, between 1 and `most`. `began` and `ended` frame each request with a
+    body, retries and pauses included; `arrived` comes before its `ended`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._base = float(min(START, most))  # what the last trial that paid has shown
+        self._trial: float | None = None
+        self._known: _Seen | None = None  # at _base
+        self._step, self._fine = TWICE, False
+        self._rest, self._pause = 0, REST_ROUNDS  # rounds to the next trial; of the next rest
+        self._round = _Round()
+        self._in_flight = 0
+        self._counted_at = -math.inf
+        self._used: tuple[float, float] | None = None  # the latest time of use, in this round
+        self._deaf_until = self._mend_at = self._quiet_until = -math.inf
+        self._quiet_s, self._mend_to = QUIET_S, 0.0
+        self._first_bytes_s: deque[float] = deque(maxlen=SAMPLES)
+        self._telling = (0.0, 0.0)  # bytes and seconds of late bodies, fading
+        self._connection_best = self._wire_best = 0.0
+        self._wire_met = False
+
+    def limit(self, now: float) -> int:
+        """Most requests with bodies to have in flight."""
+        self._wake(now)
+        return self._limit()
+
+    def began(self, now: float) -> None:
+        self._wake(now)
+        self._count(now, 1)
+
+    def ended(self, now: float) -> None:
+        self._count(now, -1)
+
+    def arrived(
+        self, now: float, body_bytes: int, first_byte_s: float | None, seconds: float
+    ) -> None:
+        """A body has come: `seconds` since its request, first byte after `first_byte_s` of them."""
+        self._count(now, 0)
+        if seconds <= 0.0 or body_bytes <= 0:
+            return
+        self._learn(body_bytes, first_byte_s, seconds)
+        if self._used is None:
+            return
+        in_use_s = self._used[1] - max(self._used[0], now - seconds)
+        if in_use_s < USED * seconds:
+            return
+        seen = self._round
+        seen.bodies += 1
+        seen.body_bytes += body_bytes
+        seen.seconds += seconds
+        if first_byte_s is not None:
+            seen.first_bytes_s.append(first_byte_s)
+        if seen.bodies >= self._enough():
+            self._judge(now)
+
+    def failed(self, now: float) -> None:
+        """A request failed for another reason than 503. Under a larger number than before, that
+        number is to blame; else it is the business of retries and breaker."""
+        if self._trial is not None and self._trial > self._base:
+            self._refuse(now)
+
+    def throttled(self, now: float) -> None:
+        """The server asked for fewer requests. Those of one burst count once."""
+        if now < self._deaf_until:
+            return
+        p99_s = self.model().first_byte_p99_s
+        self._deaf_until = now + min(max(ONE_BURST_S, 2 * p99_s), ONE_BURST_MAX_S)
+        if now >= self._quiet_until + FORGIVE_S:
+            self._quiet_s = QUIET_S
+        elif now >= self._quiet_until:
+            self._quiet_s = min(2 * self._quiet_s, QUIET_MAX_S)
+        self._mend_at, self._quiet_until = now + MEND_S, now + self._quiet_s
+        refused = self._limit()
+        self._base = max(1.0, CUT * refused)
+        self._mend_to = MEND_TO * refused
+        self._step, self._fine = MORE, True
+        self._known = None
+        self._go(now, None)
+
+    def model(self) -> StoreModel:
+        prior = StoreModel()
+        times = sorted(self._first_bytes_s)
+        connection = self._connection_best or prior.connection_bytes_per_s
+        return StoreModel(
+            times[len(times) // 2] if times else prior.first_byte_s,
+            times[len(times) * 99 // 100] if times else prior.first_byte_p99_s,
+            connection,
+            max(self._wire_best, connection) if self._wire_met else math.inf,
+        )
+
+    # -- what is in flight -----------------------------------------------------------------------
+
+    def _limit(self) -> int:
+        return int(self._base if self._trial is None else self._trial)
+
+    def _wake(self, now: float) -> None:
+        if self._in_flight == 0 and -math.inf < self._counted_at < now - IDLE_S:
+            self._base = max(float(min(START, self._most)), self._base / 2)
+            self._step, self._rest = TWICE, 0
+            self._known = None
+            self._mend_to = 0.0
+            self._go(now, None)
+
+    def _count(self, now: float, change: int) -> None:
+        if self._used is not None and self._used[1] == self._counted_at and self._is_used():
+            self._used = (self._used[0], now)
+            self._round.used_s += now - self._counted_at
+            self._round.in_flight_s += self._in_flight * (now - self._counted_at)
+        self._in_flight += change
+        self._counted_at = now
+        if (self._used is None or self._used[1] < now) and self._is_used():
+            self._used = (now, now)
+
+    def _is_used(self) -> bool:
+        return self._in_flight >= USED * self._limit()
+
+    # -- rounds and trials -----------------------------------------------------------------------
+
+    def _enough(self) -> int:
+        return max(ROUND_BODIES, self._limit()) // (2 if self._step == TWICE else 1)
+
+    def _go(self, now: float, trial: float | None) -> None:
+        """Begin a round."""
+        self._trial = trial
+        self._round = _Round()
+        self._used = None
+        self._count(now, 0)
+
+    def _judge(self, now: float) -> None:
+        seen = self._result()
+        if self._trial is None:
+            self._settle(seen)
+            self._go(now, self._next(now))
+        elif self._known is None or not seen.like(self._known):
+            self._rest = REST_ROUNDS
+            self._go(now, None)
+        elif self._pays(seen, self._known):
+            if self._step == MORE and not self._fine:
+                self._step = TWICE
+            if self._trial < self._base:  # step by step it must not lose more than AS_GOOD
+                seen.bytes_per_s = max(seen.bytes_per_s, self._known.bytes_per_s)
+            self._base, self._known = self._trial, seen
+            self._rest, self._pause = 0, REST_ROUNDS
+            self._go(now, self._next(now))
+        else:
+            self._refuse(now)
+
+    def _result(self) -> _Seen:
+        of = self._round
+        in_flight = min(of.in_flight_s / of.used_s, self._limit())
+        times = sorted(of.first_bytes_s)
+        return _Seen(
+            in_flight * of.body_bytes / of.seconds,
+            times[len(times) // 2] if times else None,
+            of.body_bytes / of.bodies,
+        )
+
+    def _settle(self, seen: _Seen) -> None:
+        """A round with the number as it is."""
+        known = self._known
+        self._rest -= 1
+        if known is None or not seen.like(known):
+            self._known = seen
+            return
+        if seen.bytes_per_s > known.bytes_per_s * CHANGED:
+            self._look(seen, MORE)
+            return
+        if known.first_byte_s is not None and seen.first_byte_s is not None:
+            if seen.first_byte_s > 2 * known.first_byte_s and seen.bytes_per_s < known.bytes_per_s:
+                self._look(seen, LESS)  # they stand in line there
+                return
+            known.first_byte_s += (seen.first_byte_s - known.first_byte_s) / 4
+        known.bytes_per_s += (seen.bytes_per_s - known.bytes_per_s) / 4
+        self._wire_best = max(known.bytes_per_s, self._wire_best * (1 - FADE_ROUNDS))
+
+    def _look(self, seen: _Seen, step: float) -> None:
+        """The store has changed: a trial at once."""
+        self._known, self._step, self._fine = seen, step, False
+        self._rest, self._pause = 0, REST_ROUNDS
+
+    def _next(self, now: float) -> float | None:
+        """The limit of the next round if it is to be a trial."""
+        if self._base < self._mend_to:
+            if now >= self._mend_at:
+                self._base = min(self._base + max(1.0, self._base / 16), self._mend_to)
+                self._known = None
+            return None
+        if now < self._quiet_until or self._rest > 0 or self._known is None:
+            return None
+        wish = math.ceil(self._base * self._step) if self._step > 1 else int(self._base * LESS)
+        wish = max(1, min(wish, self._most))
+        if wish == int(self._base):
+            self._turn()
+            return None
+        return float(wish)
+
+    def _pays(self, seen: _Seen, known: _Seen) -> bool:
+        assert self._trial is not None
+        if self._trial > self._base:
+            more = self._trial / self._base - 1
+            return seen.bytes_per_s >= known.bytes_per_s * (1 + PAYS * more)
+        if seen.first_byte_s is None or known.first_byte_s is None:
+            return False
+        return (
+            seen.bytes_per_s >= AS_GOOD * known.bytes_per_s
+            and seen.first_byte_s <= SOONER * known.first_byte_s
+        )
+
+    def _refuse(self, now: float) -> None:
+        """Back to what is known to be good."""
+        if self._step > 1:
+            self._wire_met = True
+        if self._step == TWICE:
+            self._step, self._fine, self._rest = MORE, True, 0
+        else:
+            self._turn()
+        self._go(now, self._next(now) if self._rest == 0 else None)
+
+    def _turn(self) -> None:
+        """Rest, then look the other way."""
+        self._step, self._fine = (MORE if self._step == LESS else LESS), False
+        self._rest, self._pause = self._pause, min(2 * self._pause, REST_ROUNDS_MAX)
+
+    # -- the model -------------------------------------------------------------------------------
+
+    def _learn(self, body_bytes: int, first_byte_s: float | None, seconds: float) -> None:
+        if first_byte_s is not None:
+            self._first_bytes_s.append(first_byte_s)
+        flowing_s = seconds - (first_byte_s or 0.0)
+        if body_bytes < TELLING_BYTES or flowing_s <= 0.0:
+            return
+        late_bytes, late_s = (kept * (1 - 1 / 32) for kept in self._telling)
+        self._telling = (late_bytes + body_bytes, late_s + flowing_s)
+        rate = self._telling[0] / self._telling[1]
+        self._connection_best = max(rate, self._connection_best * (1 - FADE_BODIES))

@@ -1,0 +1,411 @@
+"""The number of requests in flight against simulated stores, and against the best fixed number, which is the reference."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from store_sim import SimulatedStore, Timeline
+
+from objectcache.flow import (
+    CUT,
+    IDLE_S,
+    MEND_S,
+    MEND_TO,
+    ONE_BURST_S,
+    START,
+    USED,
+    Flow,
+)
+
+MIB = 1 << 20
+MOST = 224
+RATE = 80e6  # of one connection
+
+
+class Fixed(Flow):
+    """Always as many."""
+
+    def limit(self, now: float) -> int:
+        return self._most
+
+    def throttled(self, now: float) -> None:
+        pass
+
+
+class Client:
+    """Reads bodies, as many at once as its flow says, for as long as there are any to read."""
+
+    def __init__(self, store: SimulatedStore, flow: Flow, body_bytes: int = 32 * MIB) -> None:
+        self.store, self.flow, self.body_bytes = store, flow, body_bytes
+        self.line = store.line
+        self.wanted: float = 0
+        self.in_flight = 0
+        self.asked = 0
+        self.rounds = 0.0  # a body is one part in `limit` of a round
+        self.came: list[tuple[float, float, int]] = []  # when, in which round, bytes
+
+    def read(self, bodies: float) -> None:
+        self.wanted += bodies
+        self._pump()
+
+    def _pump(self) -> None:
+        while self.wanted > 0 and self.in_flight < self.flow.limit(self.line.now):
+            self.wanted -= 1
+            self.in_flight += 1
+            self.flow.began(self.line.now)
+            self._ask(1)
+
+    def _ask(self, attempt: int) -> None:
+        began = self.line.now
+        first_byte_at = [began]
+        self.asked += 1
+
+        def first() -> None:
+            first_byte_at[0] = self.line.now
+
+        def end() -> None:
+            now = self.line.now
+            self.rounds += 1 / self.flow.limit(now)
+            self.came.append((now, self.rounds, self.body_bytes))
+            self.flow.arrived(now, self.body_bytes, first_byte_at[0] - began, now - began)
+            self.flow.ended(now)
+            self.in_flight -= 1
+            self._pump()
+
+        def refused() -> None:
+            self.flow.throttled(self.line.now)
+            pause_s = self.store.random.random() * 0.25 * 2.0 ** min(attempt - 1, 2)
+            self.line.at(self.line.now + pause_s, lambda: self._ask(attempt + 1))
+
+        if not self.store.get([(self.body_bytes, end)], first):
+            self.line.at(self.line.now + 0.01, refused)
+
+    def goodput(self, from_s: float) -> float:
+        """Bytes a second from then on."""
+        return sum(size for at, _, size in self.came if at > from_s) / (self.line.now - from_s)
+
+    def after_rounds(self, rounds: float) -> float:
+        return next(at for at, passed, _ in self.came if passed >= rounds)
+
+
+def client(flow: Flow, body_bytes: int = 32 * MIB, **store: Any) -> Client:
+    return Client(SimulatedStore(Timeline(), **store), flow, body_bytes)
+
+
+@functools.cache
+def best_fixed(body_bytes: int, seconds: float, **store: Any) -> float:
+    """Goodput of the best number that is hardly ever refused."""
+    found = 0.0
+    for number in (1, 4, 8, 12, 24, 48, 64, 96, 160, 200, 224):
+        one = client(Fixed(number), body_bytes, **store)
+        one.read(math.inf)
+        one.line.run(seconds)
+        if one.store.refused <= 0.01 * one.asked:
+            found = max(found, one.goodput(seconds / 4))
+    return found
+
+
+# ---- it finds what the store rewards
+
+
+@pytest.mark.parametrize("body_bytes", [32 * MIB, 4 * MIB])
+@pytest.mark.parametrize(
+    "store",
+    [
+        {"wire_bytes_per_s": 8 * RATE},
+        {"servers": 8},
+        {"wire_bytes_per_s": 60 * RATE},
+        {"wire_bytes_per_s": 172 * RATE},
+        {"wire_bytes_per_s": 200 * RATE, "servers": 200},
+        {"wire_bytes_per_s": RATE, "servers": 1},
+        {},
+    ],
+    ids=str,
+)
+def test_within_twenty_rounds_it_is_near_the_best(store: dict[str, Any], body_bytes: int) -> None:
+    seconds = body_bytes / MIB * (1.0 if store.get("servers") != 1 else 12)
+    flow = Flow(MOST)
+    reader = client(flow, body_bytes, **store)
+    reader.read(math.inf)
+    reader.line.run(seconds)
+    best = best_fixed(body_bytes, seconds, **store)
+    # A store that serves one at a time does not get to twenty rounds.
+    since = reader.after_rounds(20) if reader.rounds >= 30 else seconds / 4
+    assert reader.goodput(since) > 0.9 * best
+
+
+@pytest.mark.parametrize("body_bytes", [32 * MIB, 4 * MIB])
+@pytest.mark.parametrize("requests_per_s", [20, 100, 400])
+def test_a_store_that_refuses_is_refused_little_more(requests_per_s: int, body_bytes: int) -> None:
+    store = {"requests_per_s": requests_per_s}
+    reader = client(Flow(MOST), body_bytes, **store)
+    reader.read(math.inf)
+    reader.line.run(20.0)
+    refused, asked = reader.store.refused, reader.asked
+    reader.line.run(80.0)
+    best = best_fixed(body_bytes, 40.0, **store)
+    assert reader.goodput(20.0) > 0.75 * best
+    assert refused < max(50, 2 * requests_per_s)  # until it knew the store
+    assert reader.store.refused - refused < 0.05 * (reader.asked - asked)
+
+
+def test_it_follows_a_store_that_changes() -> None:
+    flow = Flow(MOST)
+    reader = client(flow, wire_bytes_per_s=12 * RATE)
+    reader.read(math.inf)
+    reader.line.run(30.0)
+    assert flow.limit(30.0) <= 2 * START
+    reader.store.wire.change(RATE, 150 * RATE)
+    rounds = reader.rounds
+    reader.line.run(150.0)
+    since = reader.after_rounds(rounds + 90)
+    assert reader.goodput(since) > 0.9 * 150 * RATE * 0.95
+    reader.store.wire.change(RATE, 12 * RATE)
+    reader.line.run(300.0)
+    assert reader.goodput(200.0) > 0.9 * 12 * RATE
+
+
+def test_it_steps_back_from_a_line_at_the_server() -> None:
+    flow = Flow(MOST)
+    reader = client(flow, 4 * MIB, wire_bytes_per_s=200 * RATE)
+    reader.read(math.inf)
+    reader.line.run(5.0)
+    high = flow.limit(5.0)
+    assert high > 100
+    reader.store.wire.change(RATE, 8 * RATE)
+    reader.store.serve_with(8)
+    reader.line.run(400.0)
+    assert flow.limit(400.0) < high / 3
+    assert reader.goodput(200.0) > 0.85 * best_fixed(4 * MIB, 40.0, servers=8)
+
+
+# ---- it starts and rests without harm
+
+
+def test_it_starts_small_and_doubles() -> None:
+    reader = client(Flow(MOST))
+    seen = {reader.flow.limit(0.0)}
+    reader.read(math.inf)
+    for tick in range(60):
+        reader.line.run(tick / 10)
+        seen.add(reader.flow.limit(reader.line.now))
+    assert sorted(seen)[:5] == [START, 2 * START, 4 * START, 8 * START, MOST]
+
+
+def test_bursts_teach_and_pauses_do_not() -> None:
+    flow = Flow(MOST)
+    reader = client(flow)
+    for _ in range(4):
+        reader.read(400)
+        reader.line.run(reader.line.now + 30.0)
+    assert flow.limit(reader.line.now) >= 150
+    known = flow.limit(reader.line.now)
+    for _ in range(200):  # a few bodies now and then say nothing about many
+        reader.read(5)
+        reader.line.run(reader.line.now + 3.0)
+    assert flow.limit(reader.line.now) == known
+    assert flow.limit(reader.line.now + 0.9 * IDLE_S) == known
+    halved = flow.limit(reader.line.now + 2 * IDLE_S)
+    assert halved == known // 2 or halved == math.floor(known / 1.25 / 2)
+    assert Flow(MOST).limit(1e9) == START
+
+
+@pytest.mark.parametrize("sizes", [(32 * MIB, MIB), (MIB, 32 * MIB, 4 * MIB)])
+def test_bodies_of_several_sizes_do_not_mislead_it(sizes: tuple[int, ...]) -> None:
+    flow = Flow(MOST)
+    reader = client(flow, wire_bytes_per_s=100 * RATE)
+    reader.read(3000)
+    reader.line.run(60.0)
+    for turn in range(60):
+        reader.body_bytes = sizes[turn % len(sizes)]
+        reader.read(500)
+        reader.line.run(reader.line.now + 5.0)
+        assert flow.limit(reader.line.now) >= 80
+
+
+# ---- single events
+
+
+def fill(flow: Flow, now: float = 0.0) -> int:
+    """Use all that may be; returns how many that is."""
+    count = flow.limit(now)
+    for _ in range(count):
+        flow.began(now)
+    return count
+
+
+def test_a_burst_of_503_counts_once() -> None:
+    flow = Flow(MOST)
+    fill(flow)
+    for i in range(16):
+        flow.throttled(i * ONE_BURST_S / 100)
+    assert flow.limit(1.0) == int(CUT * START)
+    flow.throttled(6.0)
+    assert flow.limit(6.0) == int(CUT * int(CUT * START))
+    for i in range(100):
+        flow.throttled(10.0 * i)
+        assert flow.limit(10.0 * i) >= 1
+    assert flow.limit(1000.0) == 1
+
+
+def steady(flow: Flow, now: float, until: float, rate: float = RATE) -> float:
+    """Bodies of 10 MB from a store without end, all slots in use; sizes and times never vary."""
+    seconds = 10e6 / rate
+    in_flight = 0
+    while now < until:
+        while in_flight < flow.limit(now):
+            flow.began(now)
+            in_flight += 1
+        now += seconds
+        for _ in range(in_flight):
+            flow.arrived(now, 10_000_000, 0.01, seconds)
+            flow.ended(now)
+        in_flight = 0
+    return now
+
+
+def test_after_a_cut_it_has_its_quiet_then_mends_by_small_steps() -> None:
+    flow = Flow(MOST)
+    now = steady(flow, 0.0, 5.0)
+    assert flow.limit(now) == MOST
+    flow.throttled(now)
+    cut = now
+    assert flow.limit(now) == int(CUT * MOST)
+    now = steady(flow, now, cut + MEND_S - 0.2)
+    assert flow.limit(now) == int(CUT * MOST)
+    last = flow.limit(now)
+    while last < int(MEND_TO * MOST):
+        assert now < cut + 2 * MEND_S
+        now = steady(flow, now, now + 0.1)
+        assert last <= flow.limit(now) <= last + max(1, last / 16) + 1
+        last = flow.limit(now)
+
+
+def test_cuts_after_growth_make_the_quiet_longer() -> None:
+    flow, now = Flow(MOST), 0.0
+    waits = []
+    for _ in range(5):
+        began = now
+        while flow.limit(now) < 40:
+            now = steady(flow, now, now + 0.1)
+        waits.append(now - began)
+        while flow.limit(now) >= 20:
+            now += 6.0
+            flow.throttled(now)
+    assert waits[0] < waits[1] < waits[2] < waits[3]
+    assert waits[4] < 200
+
+
+def test_a_failure_ends_a_trial_and_nothing_else() -> None:
+    flow = Flow(MOST)
+    now = steady(flow, 0.0, 0.1)
+    assert flow.limit(now) == 2 * START
+    flow.failed(now)
+    assert START <= flow.limit(now) <= 1.25 * START
+    now = steady(flow, now, now + 9.0, rate=RATE)
+    settled = flow.limit(now)
+    assert settled > 4 * START
+    for _ in range(50):
+        flow.failed(now)
+    assert flow.limit(now) >= settled / 1.25
+
+
+def test_what_it_measured() -> None:
+    flow = Flow(MOST)
+    assert flow.model().wire_bytes_per_s == math.inf
+    reader = client(
+        flow, wire_bytes_per_s=60 * RATE, first_byte_s=0.05, first_byte_p99_s=0.4, seed=3
+    )
+    reader.read(8000)
+    reader.line.run(100.0)
+    assert reader.in_flight == 0
+    model = flow.model()
+    assert 0.8 < model.first_byte_s / 0.05 < 1.25
+    assert 0.5 < model.first_byte_p99_s / 0.4 < 1.5
+    assert 0.7 < model.connection_bytes_per_s / RATE < 1.05
+    assert 0.85 < model.wire_bytes_per_s / (60 * RATE) < 1.25
+    # Idle time and small reads do not make a store look slow.
+    for _ in range(50):
+        reader.read(3)
+        reader.line.run(reader.line.now + 60.0)
+    assert flow.model().wire_bytes_per_s == model.wire_bytes_per_s
+
+
+# ---- any events
+
+
+class Any_(RuleBasedStateMachine):
+    """Whatever happens, in whatever order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flow = Flow(MOST)
+        self.now = 0.0
+        self.in_flight = 0
+        self.most_used = 0.0
+        self.last = START
+
+    @rule(seconds=st.floats(0.0, 2.0))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self._never_rises()
+
+    @rule()
+    def a_long_time_passes(self) -> None:
+        self.now += 2 * IDLE_S
+        if self.in_flight:
+            self._never_rises()
+        else:
+            assert self.flow.limit(self.now) >= min(self.last, START)
+
+    @rule(count=st.integers(1, 300))
+    def begin(self, count: int) -> None:
+        for _ in range(min(count, self.flow.limit(self.now) - self.in_flight)):
+            self.flow.began(self.now)
+            self.in_flight += 1
+        self.most_used = max(self.most_used, self.in_flight)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(
+        count=st.integers(1, 300),
+        size=st.integers(0, 64 * MIB),
+        seconds=st.floats(0.0, 3.0),
+        first=st.none() | st.floats(0.0, 1.0),
+        came=st.booleans(),
+    )
+    def end(self, count: int, size: int, seconds: float, first: float | None, came: bool) -> None:
+        for _ in range(min(count, self.in_flight)):
+            if came:
+                self.flow.arrived(self.now, size, first, seconds)
+            self.flow.ended(self.now)
+            self.in_flight -= 1
+        if not came:
+            self._never_rises()
+
+    @rule(call=st.sampled_from([Flow.failed, Flow.throttled]))
+    def bad_news(self, call: Callable[[Flow, float], None]) -> None:
+        before = self.flow.limit(self.now)
+        call(self.flow, self.now)
+        # The first trial after a doubling that failed is a quarter more than what was good.
+        assert self.flow.limit(self.now) <= before
+
+    def _never_rises(self) -> None:
+        assert self.flow.limit(self.now) <= self.last
+
+    @invariant()
+    def it_is_bounded(self) -> None:
+        self.last = self.flow.limit(self.now)
+        assert 1 <= self.last <= MOST
+        assert self.last <= max(START, 2 * self.most_used / USED + 1), "it grew without use"
+        model = self.flow.model()
+        assert 0 <= model.first_byte_s <= model.first_byte_p99_s
+        assert 0 < model.connection_bytes_per_s <= model.wire_bytes_per_s
+
+
+TestAny = Any_.TestCase
+TestAny.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
