@@ -5,6 +5,7 @@ package computes an offset. All integers are little-endian.
 """
 
 import struct
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,36 +150,78 @@ def _why(header: bytes, expected: bytes) -> str:
 
 
 class Verifier:
-    """Checks one object slice by slice while its bytes land, in order.
+    """Checks one object slice by slice while its bytes land, in one part or in several.
 
-    Call `landed(n)` whenever buffer[:n] is final. `verified_layers` says how many layers may be
-    used; it only grows. Raises Corrupt at the first byte run that is wrong.
+    The parts of an object may land at the same time, each in a thread of its own: a slice is checked
+    by the thread that brought it, or, where that was before the header, by the one that brings the
+    header.
     """
 
     def __init__(self, layout: ObjectLayout, chunk_hash: bytes, buffer: memoryview) -> None:
-        self.verified_layers = 0
         self._layout = layout
         self._chunk_hash = chunk_hash
         self._buffer = buffer
         self._sums: list[bytes] | None = None
+        self._unchecked: deque[int] = deque()  # layers that landed before the header
+        self._verified = bytearray(len(layout.slice_bytes))
+
+    @property
+    def verified_layers(self) -> int:
+        """How many leading layers may be used; it only grows."""
+        bad = self._verified.find(0)
+        return len(self._verified) if bad < 0 else bad
 
     @property
     def complete(self) -> bool:
-        return self._sums is not None and self.verified_layers == len(self._layout.slice_bytes)
+        return self.verified_layers == len(self._verified) and self._sums is not None
+
+    def part(self, first: int, last: int) -> "Part":
+        """The part that holds layers [first, last), and the header if `first` is 0."""
+        return Part(self, self._layout, first, last)
+
+    def header_landed(self) -> None:
+        header = self._buffer[: self._layout.header_bytes]
+        self._sums = self._layout.expected_sums(header, self._chunk_hash)
+        self._check_landed(self._sums)
+
+    def layer_landed(self, layer: int) -> None:
+        self._unchecked.append(layer)
+        if self._sums is not None:  # else whoever brings the header finds it in the queue
+            self._check_landed(self._sums)
+
+    def _check_landed(self, sums: list[bytes]) -> None:
+        while True:
+            try:
+                layer = self._unchecked.popleft()
+            except IndexError:
+                return
+            if checksum(self._buffer[self._layout.slice_of(layer)]) != sums[layer]:
+                raise Corrupt(
+                    f"Layer {layer} of chunk {self._chunk_hash.hex()[:16]} has a wrong checksum."
+                )
+            self._verified[layer] = 1
+
+
+class Part:
+    """A run of an object's bytes that lands in order: layers [first, last), after the header if first is 0."""
+
+    def __init__(self, verifier: Verifier, layout: ObjectLayout, first: int, last: int) -> None:
+        self._verifier = verifier
+        self._layers = list(range(first, last))
+        self.span = layout.span(first, last)
+        begin = self.span.start
+        self.marks = [layout.slice_of(layer).stop - begin for layer in self._layers]
+        self._next = 0
+        if first == 0:
+            self.marks.insert(0, layout.header_bytes)
+            self._layers.insert(0, -1)
 
     def landed(self, n: int) -> None:
-        layout = self._layout
-        if self._sums is None:
-            if n < layout.header_bytes:
-                return
-            self._sums = layout.expected_sums(self._buffer[: layout.header_bytes], self._chunk_hash)
-        while self.verified_layers < len(self._sums):
-            run = layout.slice_of(self.verified_layers)
-            if n < run.stop:
-                return
-            if checksum(self._buffer[run]) != self._sums[self.verified_layers]:
-                raise Corrupt(
-                    f"Layer {self.verified_layers} of chunk {self._chunk_hash.hex()[:16]} "
-                    "has a wrong checksum."
-                )
-            self.verified_layers += 1
+        """The first n bytes of the part are final. Raises Corrupt at the first run that is wrong."""
+        while self._next < len(self.marks) and self.marks[self._next] <= n:
+            layer = self._layers[self._next]
+            if layer < 0:
+                self._verifier.header_landed()
+            else:
+                self._verifier.layer_landed(layer)
+            self._next += 1

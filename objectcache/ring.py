@@ -1,11 +1,11 @@
-"""Who holds which slot of host memory: a ledger that must return to zero. Not the memory itself: see device.py.
+"""Who holds which slot of host memory: a ledger that must return to zero. Not the memory itself: see device.py; not what lies in it: see shelf.py.
 
 A slot holds one object. Loads and saves have shares of their own, so that neither can starve the
 other. Safe to use from several threads.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from objectcache.errors import Misconfigured
 
@@ -23,8 +23,9 @@ class Ring:
         self.slots = slots
         self.save_slots = max(1, slots // SAVE_SHARE)
         self.load_slots = slots - self.save_slots
-        self._free_loads = list(range(self.load_slots - 1, -1, -1))
-        self._free_saves = list(range(slots - 1, self.load_slots - 1, -1))
+        # In the order in which they became free: what lies in them is overwritten oldest first.
+        self._free_loads = dict.fromkeys(range(self.load_slots))
+        self._free_saves = dict.fromkeys(range(self.load_slots, slots))
         self._leased: set[int] = set()
         self._lock = threading.Lock()
 
@@ -33,26 +34,34 @@ class Ring:
         """Slots that somebody holds now; zero when all is quiet."""
         return len(self._leased)
 
-    def lease_loads(self, count: int) -> list[int] | None:
-        """`count` slots, or None if there are not so many free now. All or none: nobody waits holding."""
-        return self._lease(self._free_loads, count)
+    def lease_loads(self, count: int, these: Sequence[int] = ()) -> list[int] | None:
+        """These slots, which must be free, and the `count` of the others that are free longest.
+
+        None if there are not so many free now. All or none: nobody waits holding.
+        """
+        with self._lock:
+            if count + len(these) > len(self._free_loads):
+                return None
+            for slot in these:
+                del self._free_loads[slot]
+            return self._leave(self._free_loads, count, these)
 
     def lease_save(self) -> int | None:
         """One slot, or None if there is none free now."""
-        slots = self._lease(self._free_saves, 1)
-        return slots[0] if slots else None
+        with self._lock:
+            return self._leave(self._free_saves, 1)[0] if self._free_saves else None
 
     def release(self, slots: Iterable[int]) -> None:
         """Give slots back. Releasing what is not leased is a bug and raises."""
         with self._lock:
             for slot in slots:
                 self._leased.remove(slot)
-                (self._free_loads if slot < self.load_slots else self._free_saves).append(slot)
+                (self._free_loads if slot < self.load_slots else self._free_saves)[slot] = None
 
-    def _lease(self, free: list[int], count: int) -> list[int] | None:
-        with self._lock:
-            if count > len(free):
-                return None
-            slots = [free.pop() for _ in range(count)]
-            self._leased.update(slots)
-            return slots
+    def _leave(self, free: dict[int, None], count: int, these: Sequence[int] = ()) -> list[int]:
+        oldest = [slot for slot, _ in zip(free, range(count), strict=False)]
+        for slot in oldest:
+            del free[slot]
+        slots = [*these, *oldest]
+        self._leased.update(slots)
+        return slots

@@ -28,6 +28,7 @@ from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
 from objectcache.report import Reporter, log
 from objectcache.ring import Ring
 from objectcache.saver import Saver
+from objectcache.shelf import Shelf
 from objectcache.stores import open_store
 from objectcache.streamer import StageResult, Streamer
 
@@ -65,13 +66,14 @@ class WorkerHalf:
             slice_bytes=tuple(page.shape[1] * chunk_blocks for page in pages),
         )
         self._ring = _ring_for(options, self._layout.object_bytes)
+        self._shelf = Shelf(self._ring)
         self._slots = HostSlots(
             self._ring.slots, self._layout.object_bytes, pinned=self._pages[0].is_cuda
         )
         self._namespace: tuple[str, bytes] = ("", b"")
         self._commands = StepCommands()
         self._staged: dict[int, list[int]] = {}  # job -> slots, reported and not yet released
-        self._loading: dict[int, list[int]] = {}  # job -> slots, being copied to pages
+        self._loading: set[int] = set()  # jobs whose slots are being copied to pages
         self._given_up: set[int] = set()  # jobs released before they reported
         # save -> who will upload it, key, hash, slot; the namespace may change meanwhile
         self._saving: dict[int, tuple[Saver, str, bytes, int]] = {}
@@ -175,12 +177,12 @@ class WorkerHalf:
     def _abandon(self) -> None:
         """Nothing runs any more: slots that somebody would have asked for go back unused."""
         with self._lock:
-            held = [result.slots for result in self._results]
+            held = {result.job for result in self._results}
             self._results = []
-        held += [*self._staged.values(), *self._loading.values()]
-        self._staged, self._loading = {}, {}
-        for slots in held:
-            self._ring.release(slots)
+        held |= self._staged.keys() | self._loading
+        self._staged, self._loading = {}, set()
+        for job in held:
+            self._streamer.release(job)
 
     # ---- commands
 
@@ -200,6 +202,7 @@ class WorkerHalf:
             self._store,
             layout,
             self._ring,
+            self._shelf,
             self._slots.view,
             self._options.stage_timeout_ms / 1000,
             self._on_staged,
@@ -221,13 +224,12 @@ class WorkerHalf:
             self._given_up.add(job)
             self._streamer.cancel(job)
             return
-        self._ring.release(slots)
-        self._streamer.room()
+        self._streamer.release(job)
 
     def _runs(self, load: LoadCommand) -> list[Run]:
         """A job's blocks, slot by slot."""
         slots = self._staged.pop(load.job)  # a KeyError is a bug: fail the step, not the tokens
-        self._loading[load.job] = slots
+        self._loading.add(load.job)
         per_slot = self._layout.chunk_blocks
         runs, taken, at = [], 0, load.first_block
         while taken < len(load.block_ids):
@@ -256,8 +258,8 @@ class WorkerHalf:
         if self._loop is None:
             return
         for job in self._copies.loaded():
-            self._ring.release(self._loading.pop(job))
-            self._streamer.room()
+            self._loading.discard(job)
+            self._streamer.release(job)
         self._hand_over_saves(self._loop)
 
     def _hand_over_saves(self, loop: LoopThread) -> None:
@@ -273,8 +275,7 @@ class WorkerHalf:
             self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
         if result.job in self._given_up:
             self._given_up.remove(result.job)
-            self._ring.release(result.slots)
-            self._streamer.room()
+            self._streamer.release(result.job)
             return None
         self._staged[result.job] = result.slots
         return Staged(result.job, len(result.slots), type(error).__name__ if error else "")

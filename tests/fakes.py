@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from objectcache.errors import Corrupt, NotFound
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
-from objectcache.stores.base import Store
+from objectcache.stores.base import Pace, Store
 from objectcache.stores.memory import MemoryStore
 
 LAYOUT = ObjectLayout(
@@ -93,6 +93,8 @@ class ScriptedStore(Store):
         self.counters = self.inner.counters
         self.scripts: dict[tuple[str, str], Script] = {}
         self.calls: list[tuple[str, str]] = []
+        self.ranges: list[tuple[str, int]] = []  # (key, first byte) of each read, in their order
+        self.paced: Pace | None = None
         self.busy = 0
         self.most_busy = 0
         self._piece_bytes = piece_bytes
@@ -123,17 +125,26 @@ class ScriptedStore(Store):
         landed: Callable[[int], None] | None = None,
     ) -> None:
         script = self.scripts.get(("read", key), Script())
+        script = script if script.times > 0 else Script()
+        self.ranges.append((key, start or 0))
+
+        async def land(first: int, last: int) -> None:
+            await self._land(key, into, start, first, last, landed)
+
         try:
-            async with self._called("read", key, lambda n: self._land(key, into, 0, n, landed)):
+            async with self._called("read", key, lambda n: land(0, n)):
                 if script.stops:
                     return
-                await self._land(key, into, min(script.landing, len(into)), len(into), landed)
+                await land(min(script.landing, len(into)), len(into))
         except asyncio.CancelledError:
             until = time.monotonic() + script.lingers_s
             while time.monotonic() < until:
                 into[:] = b"\xee" * len(into)
                 await asyncio.sleep(0.001)
             raise
+
+    def pace(self) -> Pace | None:
+        return self.paced
 
     async def write(self, key: str, body: memoryview) -> bool:
         async with self._called("write", key):
@@ -166,6 +177,7 @@ class ScriptedStore(Store):
         self,
         key: str,
         into: memoryview,
+        start: int | None,
         first: int,
         last: int,
         landed: Callable[[int], None] | None,
@@ -174,11 +186,12 @@ class ScriptedStore(Store):
         if key not in objects:
             raise NotFound(f"{key} is not there.")
         body = bytearray(objects[key])
-        if len(body) != len(into):
+        if len(body) < (start or 0) + len(into) or (start is None and len(body) != len(into)):
             raise Corrupt(f"{key} has {len(body)} bytes, expected {len(into)}.")
         flip = self.scripts.get(("read", key), Script()).flip
         if flip is not None:
             body[flip] ^= 1
+        body = body[start or 0 :]
         while first < last:
             end = min(first + self._piece_bytes, last)
             into[first:end] = body[first:end]

@@ -65,12 +65,13 @@ def outcome(layout: ObjectLayout, stored: bytes, ends: list[int]) -> tuple[int, 
     """
     buffer = bytearray(b"\xaa" * layout.object_bytes)
     verifier = Verifier(layout, HASH, memoryview(buffer))
+    whole = verifier.part(0, len(layout.slice_bytes))
     landed = 0
     try:
         for end in ends:
             buffer[landed:end] = stored[landed:end]
             landed = end
-            verifier.landed(landed)
+            whole.landed(landed)
     except Corrupt as error:
         return verifier.verified_layers, verifier.complete, str(error)
     return verifier.verified_layers, verifier.complete, ""
@@ -211,11 +212,12 @@ def test_the_points_where_it_is_split_do_not_matter(ends: list[int], flip: int |
 def test_a_layer_counts_as_soon_as_its_last_byte_landed() -> None:
     buffer = bytearray(golden("v1-three-layers-shard1of2"))
     verifier = Verifier(TP2, HASH, memoryview(buffer))
+    whole = verifier.part(0, 3)
     for layer in range(3):
         end = TP2.slice_of(layer).stop
-        verifier.landed(end - 1)
+        whole.landed(end - 1)
         assert verifier.verified_layers == layer and not verifier.complete
-        verifier.landed(end)
+        whole.landed(end)
         assert verifier.verified_layers == layer + 1
     assert verifier.complete
 
@@ -224,9 +226,10 @@ def test_a_corrupt_layer_stays_corrupt() -> None:
     buffer = bytearray(golden("v1-three-layers-shard1of2"))
     buffer[TP2.offsets[1]] ^= 1
     verifier = Verifier(TP2, HASH, memoryview(buffer))
+    whole = verifier.part(0, 3)
     for _ in range(2):
         with pytest.raises(Corrupt):
-            verifier.landed(len(buffer))
+            whole.landed(len(buffer))
         assert verifier.verified_layers == 1 and not verifier.complete
 
 

@@ -29,6 +29,7 @@ MAP: dict[str, str] = {
     "plan": "",
     "support": "",
     "ring": "threads",  # one lock
+    "shelf": "threads",  # one lock
     # ways to the world
     "version": "vllm",
     "report": "clock",
@@ -65,7 +66,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("support", "ring"),
+    *("support", "ring", "shelf"),
 }
 WORLD = {
     "torch": "torch",
@@ -85,6 +86,7 @@ BROAD = {
     ("stores.s3", "_ready"): "judge() raises what is no failure of a store",
     ("stores.s3", "credentials"): "judge() raises what is no failure of a store",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
+    ("streamer", "_bring"): "the slot is held until its reads have ended",
     ("streamer", "_outcomes"): "reads may still write to slots",
     ("stores.local", "_outlast"): "a thread may still write to the caller's memory",
 }
@@ -246,7 +248,10 @@ def test_the_map_gives_no_room_more_than_it_uses() -> None:
 
 
 def test_pure_rooms_touch_nothing() -> None:
-    assert {room: MAP[room] for room in PURE if MAP[room]} == {"ring": "threads"}
+    assert {room: MAP[room] for room in PURE if MAP[room]} == {
+        "ring": "threads",
+        "shelf": "threads",
+    }
 
 
 def test_names_outside_the_package_say_something_too() -> None:

@@ -347,9 +347,9 @@ def test_a_prefix_larger_than_the_ring_is_loaded_in_part(workers: Workers, url: 
 def test_a_job_waits_for_room_and_gets_it_from_a_release_or_a_load(
     workers: Workers, url: str
 ) -> None:
-    filled(workers, url, 6)
+    filled(workers, url, 12)
     reader = workers(url)
-    reader.step(stages=[stage(1, 1, 2, 3, 4, 5, 6), stage(2, 1, 2, 3, 4), stage(3, 5, 6, 1)])
+    reader.step(stages=[stage(1, 1, 2, 3, 4, 5, 6), stage(2, 7, 8, 9, 10), stage(3, 11, 12, 1)])
     assert reader.staged(1).chunks == 6
     reader.step()
     assert [report.job for report in reader.reports.staged] == [1]
@@ -384,8 +384,8 @@ def test_release_after_the_report(workers: Workers, url: str) -> None:
 
 def test_release_before_the_report(workers: Workers, url: str) -> None:
     """The job waits for room; nobody hears of it again."""
-    worker = filled(workers, url, 6)
-    worker.step(stages=[stage(1, 1, 2, 3, 4, 5, 6), stage(2, 1, 2)])
+    worker = filled(workers, url, 8)
+    worker.step(stages=[stage(1, 1, 2, 3, 4, 5, 6), stage(2, 7, 8)])
     worker.staged(1)
     worker.step(releases=[2])
     worker.step(releases=[1])
@@ -452,8 +452,8 @@ def test_a_new_namespace_has_other_objects(workers: Workers, tmp_path: Path) -> 
 
 def test_jobs_of_the_old_namespace_end_with_it(workers: Workers, url: str) -> None:
     """One is staged, one waits for room; both are released in the step that changes the name."""
-    worker = filled(workers, url, 6)
-    worker.step(stages=[stage(1, 1, 2, 3, 4, 5, 6), stage(2, 1, 2)])
+    worker = filled(workers, url, 8)
+    worker.step(stages=[stage(1, 1, 2, 3, 4, 5, 6), stage(2, 7, 8)])
     worker.staged(1)
     worker.namespace = SPACES["space-b"]
     worker.step(releases=[1, 2], stages=[stage(3, 1)])
@@ -531,7 +531,7 @@ def test_all_that_runs_begins_with_the_worker_and_ends_with_it(workers: Workers,
     assert begun == {"objectcache-worker"}
     worker.step(stages=[stage(1, 1, 2)])
     worker.half.shutdown()
-    assert set(threading.enumerate()) == before
+    assert eventually(lambda: set(threading.enumerate()) == before)
 
 
 def test_a_step_without_a_namespace_is_harmless(workers: Workers, url: str) -> None:

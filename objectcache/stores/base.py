@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from objectcache.errors import Misconfigured
+from objectcache.flow import StoreModel
 
 KEY_BYTES_MAX = 900  # S3 allows 1024 with the prefix of the store
 _SEGMENT = r"(?!\.)[!-.0-\[\]-~]+"  # printable ASCII but space and backslash; no leading dot
@@ -40,6 +41,14 @@ def check_key(key: str) -> None:
         raise Misconfigured(f"{key[:80]!r} cannot be a key.")
 
 
+@dataclass(frozen=True)
+class Pace:
+    """What a store was measured to give, and how many requests with bodies may be on their way."""
+
+    model: StoreModel
+    connections: int
+
+
 class Store(ABC):
     """An object store. `name` is its URL, safe to print (never a secret in it)."""
 
@@ -51,6 +60,10 @@ class Store(ABC):
 
         Not needed before other calls. Raises as they do if nothing can be made ready.
         """
+
+    def pace(self) -> Pace | None:
+        """For plans; None if it makes no difference how an object is cut. On the loop."""
+        return None
 
     @abstractmethod
     async def head(self, key: str) -> int:

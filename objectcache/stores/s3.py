@@ -26,7 +26,7 @@ from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError, Unavailable
 from objectcache.stores.attempts import Attempts, Failed
-from objectcache.stores.base import Store, StoreCounters, check_key
+from objectcache.stores.base import Pace, Store, StoreCounters, check_key
 from objectcache.stores.fill import Fill
 from objectcache.stores.gate import Gate
 from objectcache.stores.s3_errors import Place, Verdict, endpoint_of, judge
@@ -121,6 +121,9 @@ class S3Store(Store):
 
     async def open(self) -> None:
         await self._ready()
+
+    def pace(self) -> Pace:
+        return Pace(self.gate.model(), self.gate.bulk_limit)
 
     async def head(self, key: str) -> int:
         check_key(key)

@@ -1,0 +1,116 @@
+"""Which chunks lie in host memory or are on their way there, and who wants them. Not the memory: see device.py; not the reading: see streamer.py.
+
+A chunk that several jobs want has one place and is read once. A place is held by its jobs, and by
+its reader as long as that may write to it; when nobody holds it, its slot is free again. What lies
+in a free slot stays of use until the slot is needed for something else. Safe to use from several
+threads.
+"""
+
+import enum
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from objectcache.ring import Ring
+
+
+class State(enum.Enum):
+    COMING = "coming"
+    THERE = "there"  # whole and verified
+    LOST = "lost"  # its read failed, or nobody wanted it any more: who wants it now reads anew
+
+
+@dataclass(eq=False)
+class Place:
+    """One chunk's slot."""
+
+    key: str
+    slot: int
+    state: State
+    reading: bool  # somebody may write to the slot
+    jobs: set[int] = field(default_factory=set)
+
+
+class Shelf:
+    """Places of chunks in the load slots of a ring. It is the only one who leases those."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._places: dict[str, Place] = {}
+        self._held: dict[int, list[Place]] = {}
+        self._lying: dict[str, int] = {}  # in slots that are free
+        self._lies_in: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    def take(self, job: int, keys: Sequence[str]) -> tuple[list[Place], list[Place]] | None:
+        """Hold a place for each key: (all, in the order of the keys; those that the caller has to read).
+
+        None, and nothing is held, if there is no room for all of them now.
+        """
+        with self._lock:
+            new = [key for key in dict.fromkeys(keys) if key not in self._places]
+            lying = [key for key in new if key in self._lying]
+            unread = [key for key in new if key not in self._lying]
+            slots = self._ring.lease_loads(len(unread), [self._lying[key] for key in lying])
+            if slots is None:
+                return None
+            for key, slot in zip([*lying, *unread], slots, strict=True):
+                there = self._lying.get(key) == slot
+                self._forget(slot)
+                state = State.THERE if there else State.COMING
+                self._places[key] = Place(key, slot, state, reading=not there)
+            places = [self._places[key] for key in keys]
+            for place in places:
+                place.jobs.add(job)
+            self._held[job] = places
+            return places, [self._places[key] for key in unread]
+
+    def read_ended(self, place: Place, verified: bool) -> None:
+        """The reader of a place writes to it no more."""
+        with self._lock:
+            place.reading = False
+            if verified and place.state is State.COMING:
+                place.state = State.THERE
+            else:
+                self._lose(place)
+            self._vacate(place)
+
+    def give_back(self, job: int, keep: int = 0) -> list[Place]:
+        """A job lets go of all but its first `keep` places: those whose reading may stop.
+
+        A job that holds nothing gives nothing back.
+        """
+        with self._lock:
+            places = self._held.pop(job, [])
+            if keep:
+                self._held[job] = places[:keep]
+            unwanted = []
+            kept = {id(place) for place in places[:keep]}
+            for place in dict.fromkeys(places[keep:]):
+                if id(place) in kept:
+                    continue
+                place.jobs.discard(job)
+                if not place.jobs and place.reading and place.state is State.COMING:
+                    self._lose(place)
+                    unwanted.append(place)
+                self._vacate(place)
+            return unwanted
+
+    def _lose(self, place: Place) -> None:
+        place.state = State.LOST
+        if self._places.get(place.key) is place:
+            del self._places[place.key]
+
+    def _vacate(self, place: Place) -> None:
+        if place.jobs or place.reading:
+            return
+        if place.state is State.THERE:
+            del self._places[place.key]
+            self._lying[place.key], self._lies_in[place.slot] = place.slot, place.key
+        self._ring.release([place.slot])
+
+    def _forget(self, slot: int) -> None:
+        """What lay in a slot is there no longer, or it is not free any more."""
+        key = self._lies_in.pop(slot, None)
+        if key is not None:
+            del self._lying[key]
