@@ -20,7 +20,7 @@ COUNTERS: dict[str, str] = {
     "corrupt_chunks": "Reads whose bytes were wrong; the prompt was computed.",
     "failed_reads": "Reads that failed for another reason.",
     "saved_chunks": "Chunks written to the store, per rank.",
-    "duplicate_chunks": "Chunks that were uploaded and found to exist already.",
+    "duplicate_chunks": "Chunks that were found to exist when they were to be uploaded.",
     "dropped_saves": "Chunks not saved at once because there was no room; tried again while the request lives.",
     "failed_saves": "Chunks whose upload failed, or was not tried while the store was sick.",
     "get_requests": "GET requests sent, retries included.",

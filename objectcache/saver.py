@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from objectcache.breaker import Breaker
-from objectcache.errors import ObjectCacheError, Unavailable
+from objectcache.errors import NotFound, ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
 from objectcache.ring import Ring
@@ -60,17 +60,31 @@ class Saver:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
+    async def _write(self, key: str, chunk_hash: bytes, slot: int) -> str:
+        if key in self._spoilt:
+            await self._store.delete(key)
+            self._spoilt.pop(key, None)  # another upload of it may have been faster
+        elif await self._exists(key):
+            # Since the lookup another engine may have computed the same prefix. A refused PUT has
+            # sent its body in vain; to ask costs a twelfth of a PUT and no bytes.
+            return "existed"
+        view = self._slot_view(slot)[: self._layout.object_bytes]
+        self._layout.seal(view, chunk_hash)
+        return "written" if await self._store.write(key, view) else "existed"
+
+    async def _exists(self, key: str) -> bool:
+        try:
+            await self._store.head(key)
+        except NotFound:
+            return False
+        return True
+
     async def _upload(self, key: str, chunk_hash: bytes, slot: int) -> None:
         outcome, error = "failed", None
         try:
             if not self._breaker.allows(time.monotonic()):
                 return  # the store is sick, and said so before
-            view = self._slot_view(slot)[: self._layout.object_bytes]
-            self._layout.seal(view, chunk_hash)
-            if key in self._spoilt:
-                await self._store.delete(key)
-                self._spoilt.pop(key, None)  # another upload of it may have been faster
-            outcome = "written" if await self._store.write(key, view) else "existed"
+            outcome = await self._write(key, chunk_hash, slot)
             self._breaker.succeeded()
         except ObjectCacheError as failure:
             error = failure

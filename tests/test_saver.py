@@ -75,6 +75,18 @@ def test_a_chunk_that_exists_is_left_as_it_is(rig: Rig) -> None:
     rig.save(1)
     assert rig.outcome() == (chunk_hash(1), "existed", None)
     assert rig.store.body(key(1)) == b"whatever"
+    assert rig.store.calls == [("head", key(1))]  # its bytes were not sent
+
+
+def test_a_chunk_that_came_to_exist_meanwhile_is_left_as_it_is(rig: Rig) -> None:
+    gate = threading.Event()
+    rig.store.script("write", key(1), gate=gate)
+    rig.save(1)
+    assert eventually(lambda: ("write", key(1)) in rig.store.calls)
+    rig.store.put(key(1), b"whatever")
+    gate.set()
+    assert rig.outcome() == (chunk_hash(1), "existed", None)
+    assert rig.store.body(key(1)) == b"whatever"
 
 
 def test_the_slot_is_kept_until_the_upload_ends(rig: Rig) -> None:
