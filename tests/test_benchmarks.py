@@ -1,0 +1,241 @@
+"""Do the benchmarks still run, and do they say what they should? Their numbers mean nothing here."""
+
+import json
+import math
+import os
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError
+
+from benchmarks.clients import Endpoint, ObjectCacheAiobotocore
+from benchmarks.lab import MIB, Lab, ReaderProcess, Scale
+from benchmarks.nginx import Nginx, nginx_absent, tls_absent
+from benchmarks.results import ROOT, Lines, latest, read
+from benchmarks.s3_like import FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like, sigma
+from benchmarks.steps import Seen, Source, Stream, measure
+from benchmarks.transport import cases, clean, modelled_best_s
+from benchmarks.transport_report import write
+from objectcache.errors import Corrupt
+
+SYSTEMS = "objectcache-aiobotocore,boto3,obstore"  # one that is not installed says so
+METRICS = {
+    "latency": {"ttfb_ms", "layer0_ms", "layer1_ms", "last_layer_ms", "share_of_best_percent"},
+    "rate": {"gb_per_s", "cpu_s_per_gb"},
+    "busy": {"gb_per_s", "step_slowdown_percent"},
+    "verify": {"verified_bytes"},
+}
+CHUNK_BYTES = 32 * (16 << 10)  # of a smoke run
+
+
+@pytest.fixture(scope="module", name="lines")
+def lines_fixture(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("results") / "transport-smoke.jsonl"
+    smoke("--out", str(path), "--rounds", "1")
+    return read(path)
+
+
+def smoke(*options: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.transport", "--smoke", "--systems", SYSTEMS, *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stderr
+
+
+def test_each_line_says_what_was_measured_where(lines: list[dict[str, Any]]) -> None:
+    for line in lines:
+        assert {"benchmark", "machine", "commit", "system", "case", "metrics"} <= set(line)
+        assert (line["benchmark"], line["machine"]) == ("transport", "smoke")
+        if "skipped" in line:
+            assert line["metrics"] == {} and line["skipped"]
+            continue
+        assert METRICS.get(line["case"]["group"], set()) <= set(line["metrics"])
+        numbers = [v for v in line["metrics"].values() if not isinstance(v, bool)]
+        assert all(math.isfinite(number) for number in numbers)
+
+
+def test_our_store_and_boto3_are_measured_in_every_case(lines: list[dict[str, Any]]) -> None:
+    for system in ("objectcache-aiobotocore", "boto3"):
+        groups = [one["case"]["group"] for one in lines if one["system"] == system]
+        ours = system.startswith("objectcache")
+        assert sorted(groups) == sorted(
+            ["busy", "latency", *(["latency"] if ours else []), "rate", "rate", "verify", "verify"]
+        )
+
+
+def test_every_byte_was_compared_before_anything_was_timed(lines: list[dict[str, Any]]) -> None:
+    seen: set[tuple[str, str]] = set()
+    for line in lines:
+        at = (line["system"], line["case"].get("server", ""))
+        if line["case"]["group"] == "verify":
+            chunks = 2 if line["case"]["server"] == "seaweedfs" else 4
+            assert line["metrics"]["verified_bytes"] == chunks * CHUNK_BYTES
+            seen.add(at)
+        elif line["metrics"] and line["system"] != "environment":
+            assert at in seen
+
+
+def test_wrong_bytes_are_seen(tmp_path: Path) -> None:
+    """A reader that is told other contents than the server has must not be measured."""
+    with Lab(tmp_path, Scale(2, 2, 2, slice_bytes=4096), {"s3-like"}) as lab:
+        served = lab.chunks.folder / lab.chunks.key(1)
+        kept = served.read_bytes()
+        reader = ReaderProcess("boto3", lab, 2)
+        command = {"server": "s3-like", "request_bytes": 4096, "in_flight": 2}
+        try:
+            assert reader.ask({"do": "verify", **command}) == {"verified_bytes": 2 * 32 * 4096}
+            other = tmp_path / "other"
+            other.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+            other.replace(served)  # a reader that starts now compares with this one
+            reader.end()
+            reader = ReaderProcess("boto3", lab, 2)
+            assert "wrong bytes" in reader.ask({"do": "verify", **command})["error"]
+            many = {"do": "rate", "count": 64, **command}
+            assert "wrong bytes" in reader.ask(many)["error"]
+        finally:
+            reader.end()
+
+
+def test_what_has_a_line_is_not_measured_again(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    path = tmp_path / "transport-smoke.jsonl"
+    kept = Lines(path)
+    for line in lines:
+        kept.put(line | {"metrics": dict.fromkeys(line["metrics"], 7), "skipped": "kept"})
+    told = smoke("--out", str(path), "--rounds", "1")
+    assert "nothing is left to measure" in told
+    assert all(set(one["metrics"].values()) <= {7} for one in read(path))
+
+
+def test_the_report_shows_every_system(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "transport-smoke.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(tmp_path)
+    text = (tmp_path / "transport.md").read_text()
+    assert "| boto3 |" in text and "| objectcache-aiobotocore, verified |" in text
+    assert (tmp_path / "transport-smoke.svg").stat().st_size > 1000
+
+
+def test_a_later_line_of_a_case_takes_the_place_of_the_earlier() -> None:
+    line = {"benchmark": "transport", "machine": "m", "commit": "a", "system": "s", "case": {}}
+    found = latest([line | {"metrics": {"x": 1}}, line | {"commit": "b", "metrics": {"x": 2}}])
+    assert [one["metrics"] for one in found] == [{"x": 2}]
+
+
+def test_all_that_was_asked_for_is_a_case() -> None:
+    found = list(cases(Scale(slots=256, objects=64, cores=16)))
+    rates = {
+        (one.case["request_mib"], one.case["in_flight"]) for one in found if "rate-n" in one.plan
+    }
+    assert rates == {(size, n) for size in (1, 4, 16, 32) for n in (1, 16, 64, 256)}
+    layers = {one.reads for one in found if one.plan == "layers-nginx"}
+    latency = {one.reads for one in found if one.plan == "latency-s3-like"}
+    assert (layers, latency) == ({16, 64, 256}, {224})
+
+
+def test_a_reason_holds_no_path_of_this_machine() -> None:
+    assert clean("no /opt/some/where/lib.so, sorry") == "no ..., sorry"
+
+
+def test_the_modelled_best_time_is_the_latest_first_byte_and_a_body() -> None:
+    assert sigma(FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS) == pytest.approx(0.619, abs=0.001)
+    assert modelled_best_s(1, 85 * 1_000_000) == pytest.approx(1.027, abs=0.001)
+    assert modelled_best_s(224, 32 * MIB) == pytest.approx(0.541, abs=0.005)
+
+
+class ToyEngine:
+    """Steps of 2 ms that only wait."""
+
+    def begin(self) -> list[str]:
+        return ["one"]
+
+    def step_times_ms(self, seconds: float) -> list[float]:
+        time.sleep(seconds)
+        return [2.0] * max(1, int(seconds / 0.002))
+
+    def end(self, names: list[str]) -> None:
+        assert names == ["one"]
+
+
+def test_steps_are_measured_beside_a_verified_stream(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with Lab(tmp_path, Scale(2, 2, 2, slice_bytes=4096), {"s3-like"}, destination=False) as lab:
+        os.environ.update(lab.env())
+        memory = memoryview(bytearray(2 * lab.chunks.object_bytes))
+        client = ObjectCacheAiobotocore(Endpoint(**lab.endpoints()["s3-like"]), 2, memory)
+        try:
+            source, seen = Source(lab.chunks, memory, client), Seen()
+            stream = Stream("objectcache-aiobotocore", 0, 0.0)
+            engine: Any = ToyEngine()
+            measure(engine, source, stream, 0.5, seen)
+            assert seen.metrics()["gb_per_s"] > 0 and seen.metrics()["step_p50_ms"] == 2.0
+            assert memory[:100] == lab.chunks.content(0)[:100]
+            served = lab.chunks.folder / lab.chunks.key(1)
+            served.write_bytes(bytes(lab.chunks.object_bytes))
+            source.start(0.0)
+            with pytest.raises(Corrupt):
+                time.sleep(0.5)
+                source.stop()
+        finally:
+            client.close()
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@pytest.mark.skipif(bool(nginx_absent() or tls_absent()), reason=nginx_absent() or tls_absent())
+def test_nginx_serves_files_by_http_and_by_https_and_counts(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "key").write_bytes(b"body")
+    with Nginx(tmp_path / "nginx", "bucket", tmp_path, workers=1) as server:
+        trust = ssl.create_default_context(cafile=server.ca)
+        before = server.requests()
+        for url in (server.endpoint_url, server.tls_url):
+            with urllib.request.urlopen(f"{url}/bucket/key", context=trust, timeout=5) as answer:
+                assert answer.read() == b"body"
+        assert server.requests() - before == 2
+        with pytest.raises(urllib.error.URLError, match="CERTIFICATE"):
+            urllib.request.urlopen(f"{server.tls_url}/bucket/key", timeout=5)
+
+
+def test_the_s3_like_server_keeps_its_rate_and_its_limit(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    body = os.urandom(1 << 20)
+    (tmp_path / "bucket" / "key").write_bytes(body)
+    law = {"p50_ms": 20, "p99_ms": 20.001, "bytes_per_s": 4e6, "requests_per_s": 16}
+    with S3Like(tmp_path / "server", "bucket", tmp_path, 1, **law) as server:
+        client = boto3.client(
+            "s3",
+            endpoint_url=server.endpoint_url,
+            aws_access_key_id="any",
+            aws_secret_access_key="any",
+            region_name="us-east-1",
+            config=Config(retries={"total_max_attempts": 1}),
+        )
+        began = time.monotonic()
+        assert client.get_object(Bucket="bucket", Key="key")["Body"].read() == body
+        assert time.monotonic() - began > 0.02 + 0.6 * len(body) / 4e6  # a burst goes ahead
+        part = client.get_object(Bucket="bucket", Key="key", Range="bytes=5-9")
+        assert part["Body"].read() == body[5:10] and part["ContentRange"].endswith("/1048576")
+        assert client.head_object(Bucket="bucket", Key="key")["ContentLength"] == len(body)
+        with pytest.raises(ClientError, match="NoSuchKey"):
+            client.get_object(Bucket="bucket", Key="none")
+        with pytest.raises(ClientError, match="SlowDown"):
+            for _ in range(30):
+                client.get_object(Bucket="bucket", Key="key", Range="bytes=0-0")["Body"].read()
+        assert server.counts().throttled == 1
+        assert server.counts().requests >= 5
