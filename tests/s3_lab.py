@@ -54,9 +54,7 @@ class Lab:
         store = self._stores.get(repr(options))
         if store is None:
             settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
-            store = self._stores[repr(options)] = PATHS[self.path](
-                parse({**settings, **options})
-            )
+            store = self._stores[repr(options)] = PATHS[self.path](parse({**settings, **options}))
         fault, self.proxy.fault = self.proxy.fault, None
         script = list(self.proxy.script)
         self.proxy.script.clear()

@@ -211,7 +211,12 @@ class S3Store(Store):
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         path = parts.path.removesuffix("x")
-        return Address(parts.scheme, parts.hostname or "", port, path, client.meta.region_name)
+        host = parts.hostname or ""
+        if (
+            host == f"{self._bucket}.s3.amazonaws.com"
+        ):  # botocore presigns for no region, unlike it asks
+            host = f"{self._bucket}.{urlsplit(client.meta.endpoint_url).hostname}"
+        return Address(parts.scheme, host, port, path, client.meta.region_name)
 
     async def credentials(self) -> Credentials | None:
         """None if requests are not signed. Raises Denied if the chain has none now."""
