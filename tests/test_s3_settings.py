@@ -215,7 +215,7 @@ def test_the_endpoint_may_come_from_the_environment(
 
 
 @pytest.mark.parametrize(
-    ("style", "host", "path"),
+    ("style", "host", "asked"),
     [
         ("auto", "s3.example.test", "/some-bucket/prefix/objectcache-check"),
         ("path", "s3.example.test", "/some-bucket/prefix/objectcache-check"),
@@ -223,12 +223,31 @@ def test_the_endpoint_may_come_from_the_environment(
     ],
 )
 def test_addressing_styles(
-    check: Check, stub: Stub, tmp_path: Path, style: str, host: str, path: str
+    check: Check, stub: Stub, tmp_path: Path, style: str, host: str, asked: str
 ) -> None:
     """Seen from an HTTP proxy, so that no name need exist."""
     env = {**ENV_KEYS, "HTTP_PROXY": stub.url}
     check(env, tmp_path, endpoint_url="http://s3.example.test", addressing_style=style)
-    assert stub.s3[0].path == f"http://{host}{path}"
+    assert stub.s3[0].path == f"http://{host}{asked}"
+
+
+def test_an_endpoint_may_be_an_ipv6_address(check: Check, tmp_path: Path) -> None:
+    with Stub(host="::1") as stub:
+        check(ENV_KEYS, tmp_path, endpoint_url=stub.url)
+        assert stub.s3[0].headers["host"] == stub.url.removeprefix("http://")
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "by_proxy"), [("127.0.0.1", False), ("10.0.0.1", True), ("*", False)]
+)
+def test_no_proxy_is_heeded(
+    check: Check, stub: Stub, tmp_path: Path, no_proxy: str, by_proxy: bool
+) -> None:
+    with Stub() as proxy:
+        env = {**ENV_KEYS, "HTTP_PROXY": proxy.url, "NO_PROXY": no_proxy, "ALL_PROXY": proxy.url}
+        check(env, tmp_path, endpoint_url=stub.url)
+        assert bool(proxy.seen) == by_proxy
+        assert bool(stub.seen) != by_proxy
 
 
 @pytest.mark.parametrize(

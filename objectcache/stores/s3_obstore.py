@@ -40,10 +40,6 @@ T = TypeVar("T")
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
 _PIECE_BYTES = (4 << 20) + (64 << 10)  # four slices of the usual size, and a header
 _COPY_THREADS = 2  # each copies and verifies several GB/s
-_KEYS_RENEW_S = (
-    20.0  # how old credentials may be; the chain renews them many minutes before they end
-)
-_KEYS_LIVE = timedelta(seconds=20)  # after which obstore asks again
 _IDLE_S = 12  # as long as aiohttp keeps a connection; servers close them soon after
 _NO_LIMIT = timedelta(days=1)  # for all of a request: obstore's is 30 s, ours depends on the body
 _LET_GO_S = 5.0
@@ -71,8 +67,9 @@ class _Keys:
 
     refresh_threshold = timedelta(0)
 
-    def __init__(self) -> None:
+    def __init__(self, live_s: float) -> None:
         self.fetched: Credentials | None = None
+        self._live = timedelta(seconds=live_s)
 
     def __call__(self) -> "S3Credential":
         assert self.fetched is not None
@@ -80,7 +77,7 @@ class _Keys:
             "access_key_id": self.fetched.access_key,
             "secret_access_key": self.fetched.secret_key,
             "token": self.fetched.token,
-            "expires_at": datetime.now(UTC) + _KEYS_LIVE,
+            "expires_at": datetime.now(UTC) + self._live,
         }
 
 
@@ -93,13 +90,18 @@ class _Clients:
 
 
 class ObstoreStore(Store):
-    """The bucket of `library`, with which it shares slots, attempts, counters and credentials."""
+    """The bucket of `library`, with which it shares slots, attempts, counters and credentials.
 
-    def __init__(self, library: S3Store, options: Options) -> None:
+    The chain is asked again for credentials that are older than `keys_s`; it renews them many
+    minutes before they end.
+    """
+
+    def __init__(self, library: S3Store, options: Options, keys_s: float = 20.0) -> None:
         self._library = library
         self._options = options
         self.name = library.name
-        self._keys = _Keys()
+        self._keys = _Keys(keys_s)
+        self._keys_s = keys_s
         self._renew_at = 0.0
         self._clients: _Clients | None = None
         self._unfit = ""  # why obstore cannot reach this bucket at all
@@ -310,7 +312,7 @@ class ObstoreStore(Store):
         now = asyncio.get_running_loop().time()
         if not self._options.anonymous and now >= self._renew_at:
             self._keys.fetched = await self._library.credentials()
-            self._renew_at = now + _KEYS_RENEW_S
+            self._renew_at = now + self._keys_s
         if self._clients is not None:
             return self._clients
         async with self._lock:
