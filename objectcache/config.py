@@ -56,6 +56,14 @@ class Options:
         low=1,
         high=4096,
     )
+    transport: str = _option(
+        "auto",
+        "How objects travel: `direct` (received straight into the ring; plain http:// only), "
+        "`obstore` (a client in Rust, for https:// and all that is not a read), `aiobotocore` (the "
+        "library, slow and most tried), or `auto`: direct where it can be, else obstore. What a way "
+        "cannot do is done by the next.",
+        choices=("auto", "direct", "obstore", "aiobotocore"),
+    )
     lookup_timeout_ms: int = _option(
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1
     )

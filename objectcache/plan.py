@@ -42,6 +42,9 @@ class Limits:
     connections: int
     requests: int = 1 << 62  # to split objects; one for each chunk is always allowed
     in_flight_bytes: int | None = None  # for a data path that holds bodies outside of their slots
+    part_bytes: int | None = (
+        None  # of one request, where layers fit: for a data path that has a body only whole
+    )
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,11 @@ def plan(
     for groups in _cuts(len(layout.slice_bytes)):
         requests = chunks * len(groups)
         if requests > max(limits.requests, chunks):
+            continue
+        if limits.part_bytes is not None and any(
+            last - first > 1 and size > limits.part_bytes
+            for (first, last), size in zip(groups, _sizes(layout, groups), strict=True)
+        ):
             continue
         for connections in _widths(requests, _sizes(layout, groups), store, limits):
             times = modelled(chunks, layout, groups, connections, store)

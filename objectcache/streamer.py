@@ -207,7 +207,8 @@ class Streamer:
         pace = self._store.pace()
         if pace is None or not chunks:
             return [(chunk, 0, len(self._layout.slice_bytes)) for chunk in range(chunks)]
-        return plan(chunks, self._layout, pace.model, Limits(pace.connections)).fetches()
+        limits = Limits(pace.connections, part_bytes=pace.part_bytes)
+        return plan(chunks, self._layout, pace.model, limits).fetches()
 
     async def _read_part(self, place: Place, part: Part) -> None:
         whole = part.span == slice(0, self._layout.object_bytes)

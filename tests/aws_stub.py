@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import ssl
 import threading
 import time
@@ -16,14 +17,14 @@ STS_REPLY = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.c
 </AssumedRoleUser></AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"""
 
 
-def _keys(name: str) -> str:
+def _keys(name: str, end: str) -> str:
     return json.dumps(
         {
             "Code": "Success",
             "AccessKeyId": f"AKID{name.upper()}",
             "SecretAccessKey": f"{name}-secret",
             "Token": f"{name}-token",
-            "Expiration": "2999-01-01T00:00:00Z",
+            "Expiration": end,
         }
     )
 
@@ -57,6 +58,9 @@ class Stub:
     delay_s: float = 0.0
     connections: int = 0
     sts_status: int = 200
+    container: str = "container"  # whose keys its endpoint gives
+    keys_end: str = "2999-01-01T00:00:00Z"
+    host: str = "127.0.0.1"
 
     def __enter__(self) -> "Stub":
         stub = self
@@ -88,10 +92,12 @@ class Stub:
                 pass
 
         class Quiet(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in stub.host else socket.AF_INET
+
             def handle_error(self, *args: object) -> None:
                 """Refused handshakes are what some tests are about."""
 
-        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self._server = Quiet((self.host, 0), Handler)
         if self.tls is not None:
             self._server.socket = self.tls.wrap_socket(
                 self._server.socket, server_side=True, do_handshake_on_connect=False
@@ -106,7 +112,8 @@ class Stub:
     @property
     def url(self) -> str:
         scheme = "https" if self.tls else "http"
-        return f"{scheme}://127.0.0.1:{self._server.server_port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{scheme}://{host}:{self._server.server_port}"
 
     @property
     def s3(self) -> list[Seen]:
@@ -118,11 +125,11 @@ class Stub:
         if method == "POST":
             return self.sts_status, STS_REPLY if self.sts_status == 200 else "<Error/>"
         if path == "/container":
-            return 200, _keys("container")
+            return 200, _keys(self.container, self.keys_end)
         if path == "/latest/api/token":
             return 200, "imds-session"
         if path == "/latest/meta-data/iam/security-credentials/":
             return 200, "role"
         if path == "/latest/meta-data/iam/security-credentials/role":
-            return 200, _keys("imds")
+            return 200, _keys("imds", self.keys_end)
         return 404, "<Error><Code>NoSuchKey</Code></Error>"

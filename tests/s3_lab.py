@@ -10,21 +10,29 @@ import pytest
 from fault_server import FaultProxy
 
 from benchmarks.servers import seaweedfs
-from objectcache.config import parse
+from objectcache.config import Options, parse
 from objectcache.errors import ObjectCacheError
-from objectcache.stores import open_store
 from objectcache.stores.base import Store, StoreCounters
+from objectcache.stores.s3 import S3Store
+from objectcache.stores.s3_obstore import ObstoreStore
 
 BODY = os.urandom(600_000)  # of the object `there`
 QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
+PATHS: dict[str, Callable[[Options], Store]] = {  # every data path to S3 passes the same suites
+    "aiobotocore": S3Store,
+    "obstore": lambda options: ObstoreStore(S3Store(options), options),
+}
+# Requests that a path may repeat by the library path, so that a rare answer gets its exact error.
+ASKED_TWICE = {"aiobotocore": 0, "obstore": 1}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class Lab:
     """A bucket with `there` in it, behind a proxy that can break, and stores that live on."""
 
-    def __init__(self, proxy: FaultProxy) -> None:
+    def __init__(self, proxy: FaultProxy, path: str) -> None:
         self.proxy = proxy
+        self.path = path
         self._runner = asyncio.Runner()
         self._stores: dict[str, Store] = {}
 
@@ -46,7 +54,7 @@ class Lab:
         store = self._stores.get(repr(options))
         if store is None:
             settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
-            store = self._stores[repr(options)] = open_store(parse({**settings, **options}))
+            store = self._stores[repr(options)] = PATHS[self.path](parse({**settings, **options}))
         fault, self.proxy.fault = self.proxy.fault, None
         script = list(self.proxy.script)
         self.proxy.script.clear()
@@ -67,14 +75,16 @@ class Lab:
         self._runner.close()
 
 
-@pytest.fixture(scope="module", name="module_lab")
-def module_lab_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+@pytest.fixture(scope="module", name="module_lab", params=PATHS)
+def module_lab_fixture(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lab]:
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
         before = dict(os.environ)
         os.environ.update(server.env)
         server.client().put_object(Bucket="faults", Key="lab/there", Body=BODY)
         with FaultProxy(server.endpoint_url) as proxy:
-            lab = Lab(proxy)
+            lab = Lab(proxy, request.param)
             yield lab
             lab.close()
         os.environ.clear()
@@ -90,9 +100,9 @@ def lab_fixture(module_lab: Lab) -> Lab:
 
 @asynccontextmanager
 async def opened(
-    endpoint_url: str, url: str = "s3://faults", **options: object
+    endpoint_url: str, url: str = "s3://faults", path: str = "aiobotocore", **options: object
 ) -> AsyncIterator[Store]:
-    store = open_store(parse({"url": url, "endpoint_url": endpoint_url, **QUICK, **options}))
+    store = PATHS[path](parse({"url": url, "endpoint_url": endpoint_url, **QUICK, **options}))
     try:
         yield store
     finally:

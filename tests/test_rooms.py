@@ -38,12 +38,14 @@ MAP: dict[str, str] = {
     "loop": "asyncio threads",
     "stores.base": "",
     "stores.memory": "threads",
+    "stores.outlast": "asyncio",
     "stores.local": "asyncio threads clock files chance",
     "stores.s3_errors": "network",
     "stores.gate": "asyncio",
     "stores.attempts": "asyncio chance",
     "stores.fill": "",
     "stores.s3": "asyncio network files",
+    "stores.s3_obstore": "asyncio network threads clock",
     "stores": "files",
     "device": "torch",
     "pages": "torch vllm-late",
@@ -77,7 +79,7 @@ WORLD = {
     **dict.fromkeys(("random", "secrets", "uuid"), "chance"),
     **dict.fromkeys(("os", "pathlib", "fcntl", "shutil", "tempfile", "glob"), "files"),
     **dict.fromkeys(("socket", "ssl", "http", "aiohttp", "aiobotocore", "botocore"), "network"),
-    **dict.fromkeys(("boto3", "requests", "httpx", "urllib3", "selectors"), "network"),
+    **dict.fromkeys(("obstore", "boto3", "requests", "httpx", "urllib3", "selectors"), "network"),
     **dict.fromkeys(("subprocess", "ctypes", "cffi"), "processes"),
 }
 # Where a handler may take any exception, or end a cancellation, without raising it again.
@@ -88,7 +90,8 @@ BROAD = {
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
     ("streamer", "_bring"): "the slot is held until its reads have ended",
     ("streamer", "_outcomes"): "reads may still write to slots",
-    ("stores.local", "_outlast"): "a thread may still write to the caller's memory",
+    ("stores.s3_obstore", "_take"): "its caller raises it again, on the loop",
+    ("stores.outlast", "outlast"): "a thread may still write to the caller's memory",
 }
 FILE_LINES, FUNCTION_LINES = 500, 70
 VAGUE = ("util", "helper", "manager", "common", "misc")

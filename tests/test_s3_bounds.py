@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from fault_server import Fault, cut
 from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    ASKED_TWICE,
     BODY,
+    PATHS,
     Lab,
     lab_fixture,
     module_lab_fixture,
@@ -42,8 +44,11 @@ def test_retry_after_is_heeded_within_reason(lab: Lab, wish_s: str, attempts: in
         await refused(Unavailable, store.head("there"))
 
     took_s = lab.run(scenario, limit_s=3, read_timeout_ms=5000)
-    assert lab.proxy.count() == attempts
-    assert wish_s != "0.3" or took_s > 0.6
+    unread = ASKED_TWICE[
+        lab.path
+    ]  # obstore does not tell it: the second attempt is the first to know
+    assert lab.proxy.count() == min(attempts + unread, 3)
+    assert wish_s != "0.3" or took_s > 0.3 * (2 - unread)
 
 
 @pytest.mark.parametrize("attempts", [1, 2, 5])
@@ -71,10 +76,11 @@ def test_nobody_listens(lab: Lab) -> None:
     lab.run(scenario)
 
 
-def test_no_such_host() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_no_such_host(path: str) -> None:
     async def scenario() -> None:
-        async with opened("http://no-such-host.invalid", anonymous=True) as store:
-            error = await refused(Unavailable, store.check())
+        async with opened("http://no-such-host.invalid", path=path, anonymous=True) as store:
+            error = await refused(Unavailable, store.head("there"))
             assert "DNS" in error.hint
 
     began = time.monotonic()
@@ -82,10 +88,11 @@ def test_no_such_host() -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_server_that_accepts_and_says_nothing() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_server_that_accepts_and_says_nothing(path: str) -> None:
     async def scenario(endpoint_url: str) -> None:
-        async with opened(endpoint_url, anonymous=True) as store:
-            await refused(Unavailable, store.check())
+        async with opened(endpoint_url, path=path, anonymous=True) as store:
+            await refused(Unavailable, store.head("there"))
 
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -95,7 +102,8 @@ def test_a_server_that_accepts_and_says_nothing() -> None:
         assert time.monotonic() - began < 5
 
 
-def test_a_slow_upload_is_no_silence() -> None:
+@pytest.mark.parametrize("path", PATHS)
+def test_a_slow_upload_is_no_silence(path: str) -> None:
     """The read timeout is for a silent server, not for a body that takes long to send."""
 
     async def slow_sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -115,7 +123,7 @@ def test_a_slow_upload_is_no_silence() -> None:
         server = await asyncio.start_server(slow_sink, sock=listening, limit=64 << 10)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         quick = {"attempts": 1, "read_timeout_ms": 600, "anonymous": True}
-        async with server, opened(url, **quick) as store:
+        async with server, opened(url, path=path, **quick) as store:
             began = time.monotonic()
             assert await store.write("slow", memoryview(bytes(16 << 20)))
             return time.monotonic() - began

@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 from fault_server import Fault, Request, cut
 from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    ASKED_TWICE,
     BODY,
     Lab,
     lab_fixture,
@@ -86,7 +87,8 @@ def test_an_answer_becomes_the_right_error(
     # aiohttp repeats a request by itself, once, if the connection ends without an answer; botocore
     # asks for the bucket's region if a HEAD is answered with 400.
     unanswered = fault.reset or fault.raw == b"" or (how == "head" and fault.status == 400)
-    assert attempts <= lab.proxy.count() <= attempts * (2 if unanswered else 1)
+    most = attempts * (2 if unanswered else 1) + ASKED_TWICE[lab.path]
+    assert attempts <= lab.proxy.count() <= most
 
 
 @pytest.mark.parametrize(
@@ -122,11 +124,12 @@ def test_a_broken_body_goes_on_where_it_stopped(lab: Lab, stop: str) -> None:
         assert store.counters.read_bytes == len(BODY)
 
     lab.run(scenario)
-    first, second, third = lab.proxy.requests
-    assert "range" not in first.headers
-    assert second.headers["range"] == f"bytes=200000-{len(BODY) - 1}"
-    assert third.headers["range"] == f"bytes=300000-{len(BODY) - 1}"
-    assert second.headers["if-match"] == third.headers["if-match"]
+    # obstore gives a piece as a whole; what it loses of one is asked for again, by the library path.
+    went_on = {"aiobotocore": [0, 200_000, 300_000], "obstore": [0, 0, 100_000]}[lab.path]
+    for start, request in zip(went_on, lab.proxy.requests, strict=True):
+        range_header = f"bytes={start}-{len(BODY) - 1}" if start else None
+        assert request.headers.get("range") == range_header
+        assert ("if-match" in request.headers) == bool(start)
 
 
 def test_a_body_that_always_breaks_is_given_up(lab: Lab) -> None:
@@ -151,7 +154,7 @@ def test_an_object_replaced_between_two_parts_is_not_mixed(lab: Lab) -> None:
         await refused(Corrupt, store.read("there", memoryview(bytearray(len(BODY)))))
 
     lab.run(scenario)
-    assert lab.proxy.count("GET") == 2
+    assert lab.proxy.count("GET") == 2 + ASKED_TWICE[lab.path]
 
 
 @pytest.mark.parametrize(
@@ -283,11 +286,12 @@ def test_a_put_whose_answer_is_lost_does_not_write_twice(lab: Lab) -> None:
     async def scenario(store: Store) -> None:
         lab.proxy.script.append(Fault(headers={"Content-Length": "1000"}))  # never comes
         created = await store.write("lost", memoryview(BODY))
-        assert created is False  # the second attempt found what the first had written
+        # The second attempt found what the first had written; obstore needs the head of the answer only.
+        assert created is (lab.path == "obstore")
         assert await store.head("lost") == len(BODY)
 
     lab.run(scenario)
-    assert lab.proxy.count("PUT") == 2
+    assert lab.proxy.count("PUT") == (1 if lab.path == "obstore" else 2)
 
 
 @pytest.mark.parametrize(
@@ -330,7 +334,7 @@ def test_a_server_without_conditional_put_is_noticed_once(
         first = [store.write(f"{key}-{i}", memoryview(BODY)) for i in range(4)]
         assert await asyncio.gather(*first) == [True] * 4
         refused = sum("if-none-match" in r.headers for r in lab.proxy.requests)
-        assert refused <= 4
+        assert refused <= 4 * (1 + ASKED_TWICE[lab.path])
         assert await store.write(f"{key}-0", memoryview(b"other")) is False
         assert await store.write(key, memoryview(BODY)) is True
         assert sum("if-none-match" in r.headers for r in lab.proxy.requests) == refused

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from aws_stub import Stub
+from s3_lab import ASKED_TWICE, PATHS
 
 from benchmarks.servers import seaweedfs
 from objectcache.config import parse
-from objectcache.errors import Denied, Misconfigured, ObjectCacheError, Unavailable
-from objectcache.stores import open_store
+from objectcache.errors import Denied, Misconfigured, NotFound, ObjectCacheError, Unavailable
+from objectcache.stores.base import Store
 
 URL = "s3://some-bucket/prefix"
 
@@ -44,32 +45,50 @@ def _only(values: Mapping[str, str], home: Path) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _check(env: Mapping[str, str], home: Path, **options: object) -> None:
-    """Open a store in that environment and ask it whether it works."""
+Check = Callable[..., None]
 
-    async def scenario() -> None:
-        store = open_store(parse({"url": URL, "attempts": 1, **options}))
+
+@pytest.fixture(params=PATHS, name="path")
+def path_fixture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def check(path: str) -> Check:
+    """Opens a store in an environment, and asks it by the data path whether it works."""
+
+    def check(env: Mapping[str, str], home: Path, **options: object) -> None:
+        with _only(env, home):
+            asyncio.run(asyncio.wait_for(scenario(options), 30))
+
+    async def scenario(options: Mapping[str, object]) -> None:
+        store = PATHS[path](parse({"url": URL, "attempts": 1, **options}))
         try:
-            await store.check()
+            await _use(store)
         finally:
             await store.close()
 
-    with _only(env, home):
-        asyncio.run(asyncio.wait_for(scenario(), 30))
+    return check
+
+
+async def _use(store: Store) -> None:
+    """As `check` of a store does, but by its data path."""
+    with suppress(NotFound):
+        await store.read("objectcache-check", memoryview(bytearray(1)))
 
 
 ENV_KEYS = {"AWS_ACCESS_KEY_ID": "AKIDENV", "AWS_SECRET_ACCESS_KEY": "env-secret"}
 
 
-def test_credentials_from_the_environment(stub: Stub, tmp_path: Path) -> None:
+def test_credentials_from_the_environment(check: Check, stub: Stub, tmp_path: Path) -> None:
     env = {**ENV_KEYS, "AWS_SESSION_TOKEN": "env-token"}
-    _check(env, tmp_path, endpoint_url=stub.url)
+    check(env, tmp_path, endpoint_url=stub.url)
     assert stub.s3[0].access_key == "AKIDENV"
     assert stub.s3[0].headers["x-amz-security-token"] == "env-token"
 
 
 @pytest.mark.parametrize("by", ["option", "AWS_PROFILE"])
-def test_credentials_from_a_profile(stub: Stub, tmp_path: Path, by: str) -> None:
+def test_credentials_from_a_profile(check: Check, stub: Stub, tmp_path: Path, by: str) -> None:
     credentials = tmp_path / "credentials"
     credentials.write_text(
         textwrap.dedent(
@@ -85,15 +104,15 @@ def test_credentials_from_a_profile(stub: Stub, tmp_path: Path, by: str) -> None
     )
     env = {"AWS_SHARED_CREDENTIALS_FILE": str(credentials)}
     if by == "option":
-        _check(env, tmp_path, endpoint_url=stub.url, profile="cache")
+        check(env, tmp_path, endpoint_url=stub.url, profile="cache")
     else:
-        _check({**env, "AWS_PROFILE": "cache"}, tmp_path, endpoint_url=stub.url)
+        check({**env, "AWS_PROFILE": "cache"}, tmp_path, endpoint_url=stub.url)
     assert stub.s3[0].access_key == "AKIDPROFILE"
 
 
-def test_an_unknown_profile_is_a_mistake(stub: Stub, tmp_path: Path) -> None:
+def test_an_unknown_profile_is_a_mistake(check: Check, stub: Stub, tmp_path: Path) -> None:
     with pytest.raises(Misconfigured, match="profile"):
-        _check(ENV_KEYS, tmp_path, endpoint_url=stub.url, profile="absent")
+        check(ENV_KEYS, tmp_path, endpoint_url=stub.url, profile="absent")
 
 
 def _web_identity(stub: Stub, home: Path) -> dict[str, str]:
@@ -108,22 +127,24 @@ def _web_identity(stub: Stub, home: Path) -> dict[str, str]:
     }
 
 
-def test_credentials_from_a_web_identity(stub: Stub, tmp_path: Path) -> None:
-    _check(_web_identity(stub, tmp_path), tmp_path, endpoint_url=stub.url)
+def test_credentials_from_a_web_identity(check: Check, stub: Stub, tmp_path: Path) -> None:
+    check(_web_identity(stub, tmp_path), tmp_path, endpoint_url=stub.url)
     assert stub.s3[0].access_key == "AKIDWEB"
     assert stub.s3[0].headers["x-amz-security-token"] == "web-token"
 
 
-def test_a_web_identity_that_sts_refuses(stub: Stub, tmp_path: Path) -> None:
+def test_a_web_identity_that_sts_refuses(check: Check, stub: Stub, tmp_path: Path) -> None:
     stub.sts_status = 403
     with pytest.raises(Denied) as caught:
-        _check(_web_identity(stub, tmp_path), tmp_path, endpoint_url=stub.url)
+        check(_web_identity(stub, tmp_path), tmp_path, endpoint_url=stub.url)
     assert caught.value.hint
     assert stub.s3 == []
 
 
 @pytest.mark.parametrize("token_by", ["none", "variable", "file"])
-def test_credentials_from_the_container(stub: Stub, tmp_path: Path, token_by: str) -> None:
+def test_credentials_from_the_container(
+    check: Check, stub: Stub, tmp_path: Path, token_by: str
+) -> None:
     """ECS, and EKS pod identity with its token file."""
     (tmp_path / "token").write_text("pod-token")
     env = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{stub.url}/container"}
@@ -131,35 +152,37 @@ def test_credentials_from_the_container(stub: Stub, tmp_path: Path, token_by: st
         env["AWS_CONTAINER_AUTHORIZATION_TOKEN"] = "pod-token"
     if token_by == "file":
         env["AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE"] = str(tmp_path / "token")
-    _check(env, tmp_path, endpoint_url=stub.url)
+    check(env, tmp_path, endpoint_url=stub.url)
     assert stub.s3[0].access_key == "AKIDCONTAINER"
     assert stub.seen[0].headers.get("authorization", "") == (
         "" if token_by == "none" else "pod-token"
     )
 
 
-def test_credentials_from_the_machine(stub: Stub, tmp_path: Path) -> None:
+def test_credentials_from_the_machine(check: Check, stub: Stub, tmp_path: Path) -> None:
     env = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": stub.url, "AWS_EC2_METADATA_DISABLED": "false"}
-    _check(env, tmp_path, endpoint_url=stub.url)
+    check(env, tmp_path, endpoint_url=stub.url)
     assert stub.s3[0].access_key == "AKIDIMDS"
 
 
-def test_no_credentials_are_refused_without_a_request(stub: Stub, tmp_path: Path) -> None:
+def test_no_credentials_are_refused_without_a_request(
+    check: Check, stub: Stub, tmp_path: Path
+) -> None:
     with pytest.raises(Denied, match="AWS_ACCESS_KEY_ID"):
-        _check({}, tmp_path, endpoint_url=stub.url)
+        check({}, tmp_path, endpoint_url=stub.url)
     assert stub.seen == []
 
 
-def test_credentials_that_come_later_are_found(stub: Stub, tmp_path: Path) -> None:
+def test_credentials_that_come_later_are_found(stub: Stub, tmp_path: Path, path: str) -> None:
     async def scenario() -> None:
-        store = open_store(parse({"url": URL, "endpoint_url": stub.url}))
+        store = PATHS[path](parse({"url": URL, "endpoint_url": stub.url}))
         try:
             for _ in range(3):
                 with pytest.raises(Denied):
-                    await store.check()
+                    await _use(store)
             os.environ.update(ENV_KEYS)
             await asyncio.sleep(3.1)
-            await store.check()
+            await _use(store)
         finally:
             await store.close()
 
@@ -168,40 +191,63 @@ def test_credentials_that_come_later_are_found(stub: Stub, tmp_path: Path) -> No
     assert stub.s3[0].access_key == "AKIDENV"
 
 
-def test_anonymous_requests_are_not_signed(stub: Stub, tmp_path: Path) -> None:
-    _check(ENV_KEYS, tmp_path, endpoint_url=stub.url, anonymous=True)
+def test_anonymous_requests_are_not_signed(check: Check, stub: Stub, tmp_path: Path) -> None:
+    check(ENV_KEYS, tmp_path, endpoint_url=stub.url, anonymous=True)
     assert "authorization" not in stub.s3[0].headers
 
 
-def test_the_region_comes_from_the_option_then_the_chain(stub: Stub, tmp_path: Path) -> None:
+def test_the_region_comes_from_the_option_then_the_chain(
+    check: Check, stub: Stub, tmp_path: Path
+) -> None:
     env = {**ENV_KEYS, "AWS_DEFAULT_REGION": "eu-central-1"}
-    _check(env, tmp_path, endpoint_url=stub.url, region="eu-west-3")
-    _check(env, tmp_path, endpoint_url=stub.url)
-    _check(ENV_KEYS, tmp_path, endpoint_url=stub.url)
+    check(env, tmp_path, endpoint_url=stub.url, region="eu-west-3")
+    check(env, tmp_path, endpoint_url=stub.url)
+    check(ENV_KEYS, tmp_path, endpoint_url=stub.url)
     assert [request.region for request in stub.s3] == ["eu-west-3", "eu-central-1", "us-east-1"]
 
 
 @pytest.mark.parametrize("variable", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
 def test_the_endpoint_may_come_from_the_environment(
-    stub: Stub, tmp_path: Path, variable: str
+    check: Check, stub: Stub, tmp_path: Path, variable: str
 ) -> None:
-    _check({**ENV_KEYS, variable: stub.url}, tmp_path)
+    check({**ENV_KEYS, variable: stub.url}, tmp_path)
     assert stub.s3[0].path == "/some-bucket/prefix/objectcache-check"
 
 
 @pytest.mark.parametrize(
-    ("style", "host", "path"),
+    ("style", "host", "asked"),
     [
         ("auto", "s3.example.test", "/some-bucket/prefix/objectcache-check"),
         ("path", "s3.example.test", "/some-bucket/prefix/objectcache-check"),
         ("virtual", "some-bucket.s3.example.test", "/prefix/objectcache-check"),
     ],
 )
-def test_addressing_styles(stub: Stub, tmp_path: Path, style: str, host: str, path: str) -> None:
+def test_addressing_styles(
+    check: Check, stub: Stub, tmp_path: Path, style: str, host: str, asked: str
+) -> None:
     """Seen from an HTTP proxy, so that no name need exist."""
     env = {**ENV_KEYS, "HTTP_PROXY": stub.url}
-    _check(env, tmp_path, endpoint_url="http://s3.example.test", addressing_style=style)
-    assert stub.s3[0].path == f"http://{host}{path}"
+    check(env, tmp_path, endpoint_url="http://s3.example.test", addressing_style=style)
+    assert stub.s3[0].path == f"http://{host}{asked}"
+
+
+def test_an_endpoint_may_be_an_ipv6_address(check: Check, tmp_path: Path) -> None:
+    with Stub(host="::1") as stub:
+        check(ENV_KEYS, tmp_path, endpoint_url=stub.url)
+        assert stub.s3[0].headers["host"] == stub.url.removeprefix("http://")
+
+
+@pytest.mark.parametrize(
+    ("no_proxy", "by_proxy"), [("127.0.0.1", False), ("10.0.0.1", True), ("*", False)]
+)
+def test_no_proxy_is_heeded(
+    check: Check, stub: Stub, tmp_path: Path, no_proxy: str, by_proxy: bool
+) -> None:
+    with Stub() as proxy:
+        env = {**ENV_KEYS, "HTTP_PROXY": proxy.url, "NO_PROXY": no_proxy, "ALL_PROXY": proxy.url}
+        check(env, tmp_path, endpoint_url=stub.url)
+        assert bool(proxy.seen) == by_proxy
+        assert bool(stub.seen) != by_proxy
 
 
 @pytest.mark.parametrize(
@@ -213,10 +259,10 @@ def test_addressing_styles(stub: Stub, tmp_path: Path, style: str, host: str, pa
     ],
 )
 def test_aws_itself_is_addressed_by_bucket_and_region(
-    stub: Stub, tmp_path: Path, options: dict[str, object], host: str
+    check: Check, stub: Stub, tmp_path: Path, options: dict[str, object], host: str
 ) -> None:
     with pytest.raises(Unavailable):  # the proxy refuses
-        _check({**ENV_KEYS, "HTTPS_PROXY": stub.url}, tmp_path, region="eu-west-3", **options)
+        check({**ENV_KEYS, "HTTPS_PROXY": stub.url}, tmp_path, region="eu-west-3", **options)
     assert (stub.seen[0].method, stub.seen[0].path) == ("CONNECT", host)
 
 
@@ -247,50 +293,56 @@ def tls_stub(certificates: Path) -> Iterator[Stub]:
 
 @pytest.mark.parametrize("by", ["option", "AWS_CA_BUNDLE"])
 def test_a_private_ca_is_trusted_if_named(
-    tls_stub: Stub, certificates: Path, tmp_path: Path, by: str
+    check: Check, tls_stub: Stub, certificates: Path, tmp_path: Path, by: str
 ) -> None:
     bundle = str(certificates / "ca.pem")
     if by == "option":
-        _check(ENV_KEYS, tmp_path, endpoint_url=tls_stub.url, ca_bundle=bundle)
+        check(ENV_KEYS, tmp_path, endpoint_url=tls_stub.url, ca_bundle=bundle)
     else:
-        _check({**ENV_KEYS, by: bundle}, tmp_path, endpoint_url=tls_stub.url)
+        check({**ENV_KEYS, by: bundle}, tmp_path, endpoint_url=tls_stub.url)
     assert len(tls_stub.s3) == 1
 
 
-def test_an_unknown_ca_is_refused_at_once(tls_stub: Stub, tmp_path: Path) -> None:
+def test_an_unknown_ca_is_refused_at_once(
+    check: Check, tls_stub: Stub, tmp_path: Path, path: str
+) -> None:
     began = time.monotonic()
     with pytest.raises(Unavailable, match="certificate") as caught:
-        _check(ENV_KEYS, tmp_path, endpoint_url=tls_stub.url, attempts=5)
+        check(ENV_KEYS, tmp_path, endpoint_url=tls_stub.url, attempts=5)
     assert time.monotonic() - began < 3
     assert "ca_bundle" in caught.value.hint
-    assert tls_stub.connections == 1
+    assert tls_stub.connections == 1 + ASKED_TWICE[path]
     assert tls_stub.seen == []
 
 
-def test_a_ca_bundle_that_is_none_is_a_mistake(tls_stub: Stub, tmp_path: Path) -> None:
+def test_a_ca_bundle_that_is_none_is_a_mistake(
+    check: Check, tls_stub: Stub, tmp_path: Path
+) -> None:
     junk = tmp_path / "junk.pem"
     junk.write_text("no certificate")
     with pytest.raises(Misconfigured, match="ca_bundle"):
-        _check(ENV_KEYS, tmp_path, endpoint_url=tls_stub.url, ca_bundle=str(junk))
+        check(ENV_KEYS, tmp_path, endpoint_url=tls_stub.url, ca_bundle=str(junk))
 
 
 @pytest.mark.parametrize("server_speaks", ["http", "https"])
 def test_the_wrong_scheme_is_told(
-    stub: Stub, tls_stub: Stub, tmp_path: Path, server_speaks: str
+    check: Check, stub: Stub, tls_stub: Stub, tmp_path: Path, server_speaks: str
 ) -> None:
     other = stub.url.replace("http:", "https:")
     if server_speaks == "https":
         other = tls_stub.url.replace("https:", "http:")
     with pytest.raises(Unavailable) as caught:
-        _check(ENV_KEYS, tmp_path, endpoint_url=other, read_timeout_ms=500)
+        check(ENV_KEYS, tmp_path, endpoint_url=other, read_timeout_ms=500)
     assert server_speaks == "https" or "TLS" in caught.value.message
 
 
 @pytest.mark.parametrize("max_connections", [1, 4])
-def test_no_more_connections_than_allowed(stub: Stub, tmp_path: Path, max_connections: int) -> None:
+def test_no_more_connections_than_allowed(
+    stub: Stub, tmp_path: Path, max_connections: int, path: str
+) -> None:
     async def scenario() -> None:
         options = {"url": URL, "endpoint_url": stub.url, "max_connections": max_connections}
-        store = open_store(parse(options))
+        store = PATHS[path](parse(options))
         calls = [store.head(f"k{i}") for i in range(12)]
         calls += [store.write(f"k{i}", memoryview(b"x")) for i in range(12)]
         await asyncio.gather(*calls, return_exceptions=True)
@@ -300,34 +352,47 @@ def test_no_more_connections_than_allowed(stub: Stub, tmp_path: Path, max_connec
     with _only(ENV_KEYS, tmp_path):
         asyncio.run(scenario())
     assert stub.busy_max == max_connections
-    assert stub.connections <= max_connections
+    # obstore keeps connections for bodies to send apart; its errors are looked at by the library path.
+    assert stub.connections <= max_connections * (3 if path == "obstore" else 1)
 
 
-def test_a_real_server_refuses_wrong_keys(tmp_path: Path) -> None:
+def test_a_real_server_refuses_wrong_keys(check: Check, tmp_path: Path) -> None:
     with seaweedfs(tmp_path / "server", "some-bucket") as server:
         right = {k: v for k, v in server.env.items() if "ENDPOINT" not in k}
-        _check(right, tmp_path, endpoint_url=server.endpoint_url)
+        check(right, tmp_path, endpoint_url=server.endpoint_url)
         for wrong in ({"AWS_SECRET_ACCESS_KEY": "nope"}, {"AWS_ACCESS_KEY_ID": "nope"}):
             with pytest.raises(Denied) as caught:
-                _check({**right, **wrong}, tmp_path, endpoint_url=server.endpoint_url)
+                check({**right, **wrong}, tmp_path, endpoint_url=server.endpoint_url)
             assert next(iter(wrong)) in caught.value.hint
             assert right["AWS_SECRET_ACCESS_KEY"] not in str(caught.value)
         with pytest.raises(ObjectCacheError):
-            _check({}, tmp_path, endpoint_url=server.endpoint_url, anonymous=True)
+            check({}, tmp_path, endpoint_url=server.endpoint_url, anonymous=True)
         with pytest.raises(Misconfigured, match="does not exist"):
-            _check(right, tmp_path, endpoint_url=server.endpoint_url, url="s3://other-bucket")
+            check(right, tmp_path, endpoint_url=server.endpoint_url, url="s3://other-bucket")
 
 
-def test_a_process_ends_without_a_word(stub: Stub, tmp_path: Path) -> None:
+def test_a_process_ends_without_a_word(stub: Stub, tmp_path: Path, path: str) -> None:
     """No unclosed session, socket or thread, also if a call was cancelled on the way."""
     code = """
         import asyncio, sys
         from objectcache.config import parse
-        from objectcache.stores import open_store
+        from objectcache.errors import NotFound
+        from objectcache.stores.s3 import S3Store
+        from objectcache.stores.s3_obstore import ObstoreStore
+
+        PATHS = {
+            "aiobotocore": S3Store,
+            "obstore": lambda options: ObstoreStore(S3Store(options), options),
+        }
 
         async def main():
-            store = open_store(parse({"url": "s3://some-bucket", "endpoint_url": sys.argv[1]}))
+            options = parse({"url": "s3://some-bucket", "endpoint_url": sys.argv[1]})
+            store = PATHS[sys.argv[2]](options)
             await store.check()
+            try:
+                await store.read("there", memoryview(bytearray(1)))
+            except NotFound:
+                pass
             call = asyncio.ensure_future(store.head("key"))
             await asyncio.sleep(0.01)
             call.cancel()
@@ -347,6 +412,7 @@ def test_a_process_ends_without_a_word(stub: Stub, tmp_path: Path) -> None:
             "-c",
             textwrap.dedent(code),
             stub.url,
+            path,
         ],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), **ENV_KEYS},
         cwd=Path(__file__).parent.parent,
@@ -360,7 +426,7 @@ def test_a_process_ends_without_a_word(stub: Stub, tmp_path: Path) -> None:
     assert told == []
 
 
-def test_a_host_that_drops_packets_is_given_up(tmp_path: Path) -> None:
+def test_a_host_that_drops_packets_is_given_up(check: Check, tmp_path: Path) -> None:
     """A full accept queue answers as a firewall does: not at all."""
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
@@ -372,9 +438,7 @@ def test_a_host_that_drops_packets_is_given_up(tmp_path: Path) -> None:
         began = time.monotonic()
         with pytest.raises(Unavailable, match="connect"):
             endpoint_url = f"http://127.0.0.1:{full.getsockname()[1]}"
-            _check(
-                ENV_KEYS, tmp_path, endpoint_url=endpoint_url, connect_timeout_ms=300, attempts=2
-            )
+            check(ENV_KEYS, tmp_path, endpoint_url=endpoint_url, connect_timeout_ms=300, attempts=2)
         assert time.monotonic() - began < 4
         for sock in waiting:
             sock.close()

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from s3_lab import PATHS
 
 from benchmarks.servers import Server, moto_server, radosgw, radosgw_absent, seaweedfs
-from objectcache.config import parse
+from objectcache.config import Options, parse
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError
 from objectcache.stores import open_store
 from objectcache.stores.base import Store
 
-KINDS = ("memory", "file", "s3-moto", "s3-seaweedfs", "s3-radosgw")
+SERVERS = ("s3-moto", "s3-seaweedfs", "s3-radosgw")
+KINDS = ("memory", "file", *(f"{server} {path}" for server in SERVERS for path in PATHS))
 BODY = bytes(range(256)) * 12_000  # 3 MiB: several pieces for every store
 
 
@@ -30,10 +32,11 @@ class Place:
     kind: str
     url: str
     endpoint_url: str = ""
+    make: Callable[[Options], Store] = open_store
 
     def open(self, below: str = "", **options: object) -> Store:
         url = f"{self.url}/{below or uuid.uuid4().hex}"
-        return open_store(parse({"url": url, "endpoint_url": self.endpoint_url, **options}))
+        return self.make(parse({"url": url, "endpoint_url": self.endpoint_url, **options}))
 
     def run(
         self, scenario: Callable[[Store], Awaitable[None]], below: str = "", **options: object
@@ -83,8 +86,10 @@ def place(
     elif kind == "file":
         yield Place(kind, f"file://{root}/store")
     else:
+        kind, path = kind.split()
         with _server(kind, root / "server") as server, _environment(server.env):
-            yield Place(kind, "s3://contract/some/prefix", server.endpoint_url)
+            # moto's objects outlive its server, hence a prefix for each path.
+            yield Place(kind, f"s3://contract/some/{path}", server.endpoint_url, PATHS[path])
 
 
 async def _whole(store: Store, key: str, size: int) -> bytes:
@@ -203,21 +208,48 @@ def test_no_reader_sees_an_object_in_part(place: Place) -> None:
 def test_landed_rises_to_the_end_and_tells_the_truth(place: Place) -> None:
     async def scenario(store: Store) -> None:
         await store.write("ns/key", memoryview(BODY))
-        loop_thread = threading.get_ident()
         for start in (None, 10):
             want = BODY[start or 0 :]
-            into, seen = bytearray(len(want)), [0]
+            into, seen, alone = bytearray(len(want)), [0], threading.Lock()
 
-            def landed(
-                n: int, into: bytearray = into, seen: list[int] = seen, want: bytes = want
-            ) -> None:
-                assert threading.get_ident() == loop_thread
-                assert into[seen[-1] : n] == want[seen[-1] : n]
-                seen.append(n)
+            def landed(n: int) -> None:  # on any thread
+                assert alone.acquire(blocking=False)  # noqa: B023 (called while this turn lasts)
+                assert into[seen[-1] : n] == want[seen[-1] : n]  # noqa: B023
+                seen.append(n)  # noqa: B023
+                alone.release()  # noqa: B023
 
             await store.read("ns/key", memoryview(into), start=start, landed=landed)
             assert seen == sorted(seen)
             assert seen[-1] == len(want)
+            assert alone.acquire(blocking=False)
+
+    place.run(scenario)
+
+
+@pytest.mark.parametrize(("start", "slice_bytes"), [(None, 1 << 20), (5, 700_001), (None, 6 << 20)])
+def test_a_large_object_comes_in_order_with_news_at_each_mark(
+    place: Place, start: int | None, slice_bytes: int
+) -> None:
+    """A data path may ask for such an object in several pieces."""
+    body = BODY * 4
+    want = body[start or 0 :]
+    marks = [*range(4096, len(want), slice_bytes), len(want)]
+
+    async def scenario(store: Store) -> None:
+        await store.write("ns/key", memoryview(body))
+        into, seen = bytearray(len(want)), [0]
+
+        def landed(n: int) -> None:
+            assert into[seen[-1] : n] == want[seen[-1] : n]
+            seen.append(n)
+
+        await store.read("ns/key", memoryview(into), start=start, marks=marks, landed=landed)
+        assert into == want
+        assert seen[-1] == len(want)
+        for mark in marks if place.kind != "memory" else ():  # the news of it came before much else
+            assert next(n for n in seen if n >= mark) - mark < 5 << 20
+        with pytest.raises(Corrupt):
+            await store.read("ns/key", memoryview(bytearray(len(body) + 1)), marks=marks)
 
     place.run(scenario)
 
@@ -251,9 +283,10 @@ def test_a_cancelled_read_writes_no_more_and_leaves_the_store_usable(place: Plac
         for _ in range(8):
             into = bytearray(len(BODY))
             reading: asyncio.Future[None]
+            loop = asyncio.get_running_loop()
 
-            def landed(n: int) -> None:
-                reading.cancel()  # noqa: B023 (called while this turn of the loop lasts)
+            def landed(n: int) -> None:  # on any thread
+                loop.call_soon_threadsafe(reading.cancel)  # noqa: B023 (this turn's)
 
             reading = asyncio.ensure_future(store.read("ns/key", memoryview(into), landed=landed))
             await asyncio.wait([reading])

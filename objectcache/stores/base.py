@@ -29,6 +29,7 @@ class StoreCounters:
     delete_requests: int = 0
     read_bytes: int = 0  # body bytes received, whether they were of use or not
     written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
+    handed_over: int = 0  # requests that a faster data path left to the library path
 
 
 def check_key(key: str) -> None:
@@ -47,6 +48,9 @@ class Pace:
 
     model: StoreModel
     connections: int
+    part_bytes: int | None = (
+        None  # largest body that lands piece by piece; all of a larger one at once
+    )
 
 
 class Store(ABC):

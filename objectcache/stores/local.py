@@ -18,7 +18,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from objectcache.errors import (
     Corrupt,
@@ -29,6 +29,7 @@ from objectcache.errors import (
     Unavailable,
 )
 from objectcache.stores.base import Store, StoreCounters, check_key
+from objectcache.stores.outlast import outlast
 
 _T = TypeVar("_T")
 _PARTIAL = ".partial"  # no key has a segment with a leading dot
@@ -156,7 +157,7 @@ class LocalStore(Store):
             return await asyncio.shield(done)
         except asyncio.CancelledError:
             if not running.cancel():
-                await _outlast(done)
+                await outlast(done)
             raise
         except OSError as exc:
             raise _translated(exc, what, self.name) from exc
@@ -292,17 +293,6 @@ def _file_size(path: str, status: os.stat_result) -> int:
 def _remove(path: str) -> None:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
         os.unlink(path)
-
-
-async def _outlast(done: "asyncio.Future[Any]") -> None:
-    """Wait for `done` whatever happens: its thread uses memory that the caller wants back."""
-    while not done.done():
-        try:
-            await asyncio.wait([done])
-        except asyncio.CancelledError:
-            continue
-    if not done.cancelled():
-        done.exception()  # seen
 
 
 def _translated(exc: OSError, what: str, name: str) -> ObjectCacheError:

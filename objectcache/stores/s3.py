@@ -22,6 +22,10 @@ import aiohttp
 import botocore  # type: ignore[import-untyped]
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
 from aiobotocore.session import AioSession  # type: ignore[import-untyped]
+from botocore import exceptions as boto
+from botocore.handlers import add_expect_header  # type: ignore[import-untyped]
+from botocore.httpsession import get_cert_path  # type: ignore[import-untyped]
+from botocore.utils import get_environ_proxies  # type: ignore[import-untyped]
 
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError, Unavailable
@@ -112,9 +116,10 @@ class S3Store(Store):
         self.place = Place(self.name, self._bucket, endpoint_of(options.endpoint_url) or "AWS S3")
         self.gate = Gate(options.max_connections)
         self.attempts = Attempts(options, self.gate)
-        self._conditional_put = True
+        self.conditional_put = True  # until the server says that it does not know it
         self._client: Any = None
         self._chain: Any = None  # botocore's credentials, which renew themselves
+        self._ca_bundle = ""
         self._client_lock = asyncio.Lock()
         self._no_client: tuple[float, ObjectCacheError] | None = None  # until when, and why
         self._closed = False
@@ -127,8 +132,8 @@ class S3Store(Store):
 
     async def head(self, key: str) -> int:
         check_key(key)
-        answer = await self._ask("head_object", f"HEAD {key}", Key=self._prefix + key)
-        return int(answer.get("ContentLength") or 0)
+        async with self.gate.slot():
+            return await self.attempts.run(0, lambda until: self.size(key, until))
 
     async def read(
         self,
@@ -140,24 +145,20 @@ class S3Store(Store):
         landed: Callable[[int], None] | None = None,
     ) -> None:
         check_key(key)
-        what = f"GET {key}"
         if start is not None and not len(into):  # HTTP has no empty range
             if await self.head(key) < start:
-                raise Corrupt(f"{what}: the object ends before {start}.")
+                raise Corrupt(f"GET {key}: the object ends before {start}.")
             if landed is not None:
                 landed(0)
             return
         fill = Fill(into, start, landed)
         async with self.gate.slot(bulk=True):
-            await self.attempts.run(len(into), lambda until: self._receive(key, what, fill, until))
+            await self.attempts.run(len(into), lambda until: self.receive(key, fill, until))
 
     async def write(self, key: str, body: memoryview) -> bool:
         check_key(key)
-        what = f"PUT {key}"
         async with self.gate.slot(bulk=True):
-            return await self.attempts.run(
-                body.nbytes, lambda until: self._put(key, what, body, until)
-            )
+            return await self.attempts.run(body.nbytes, lambda until: self.put(key, body, until))
 
     async def delete(self, key: str) -> None:
         check_key(key)
@@ -214,7 +215,12 @@ class S3Store(Store):
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         path = parts.path.removesuffix("x")
-        return Address(parts.scheme, parts.hostname or "", port, path, client.meta.region_name)
+        host = parts.hostname or ""
+        if (
+            host == f"{self._bucket}.s3.amazonaws.com"
+        ):  # botocore presigns for no region, unlike it asks
+            host = f"{self._bucket}.{urlsplit(client.meta.endpoint_url).hostname}"
+        return Address(parts.scheme, host, port, path, client.meta.region_name)
 
     async def credentials(self) -> Credentials | None:
         """None if requests are not signed. Raises Denied if the chain has none now."""
@@ -227,6 +233,78 @@ class S3Store(Store):
         except Exception as exc:  # judge() re-raises what is no failure of a store
             raise judge(exc, "set-up", self.place).error from None
         return Credentials(frozen.access_key, frozen.secret_key, frozen.token)
+
+    async def proxy(self) -> str:
+        """The URL of the HTTP proxy on the way to the bucket; "" for none. It may hold a password."""
+        client = await self._ready()
+        url = client.meta.endpoint_url
+        return str(get_environ_proxies(url).get(urlsplit(url).scheme) or "")
+
+    async def trusted(self) -> bytes:
+        """The certificates (PEM) of the CAs that may vouch for the server. Raises Misconfigured."""
+        await self._ready()
+        try:
+            return Path(get_cert_path(self._ca_bundle or True)).read_bytes()
+        except OSError as exc:
+            raise judge(boto.HTTPClientError(error=exc), "set-up", self.place).error from None
+
+    # -- one attempt, in a slot of the caller's. Raises Failed, or an error that no other attempt
+    #    would change.
+
+    async def size(self, key: str, until: float) -> int:
+        answer = await self._send(
+            "head_object", f"HEAD {key}", self.attempts.silence_s, Key=self._prefix + key
+        )
+        return int(answer.get("ContentLength") or 0)
+
+    async def put(self, key: str, view: memoryview, until: float) -> bool:
+        what, where = f"PUT {key}", {"Key": self._prefix + key}
+        if not self.conditional_put and await self._exists(what, where):
+            return False
+        condition = {"IfNoneMatch": "*"} if self.conditional_put else {}
+        body, limit_s = _Body(view, self.counters), self.attempts.limit_s(view.nbytes)
+        try:
+            await self._send("put_object", what, limit_s, Body=body, **where, **condition)
+        except Failed as failed:
+            if failed.verdict.precondition:
+                return False
+            if not (failed.verdict.unsupported and condition):
+                raise
+            if self.conditional_put:
+                self.conditional_put = False
+                _LOG.warning(
+                    "%s does not know conditional PUT (If-None-Match); a HEAD stands in for it",
+                    self.place.endpoint,
+                )
+            return await self.put(key, view, until)
+        return True
+
+    async def receive(self, key: str, fill: Fill, until: float) -> None:
+        """One GET of what `fill` lacks, into its memory."""
+        what = f"GET {key}"
+        await self._ready()  # not in the time of the request
+        clock, had = asyncio.get_running_loop().time, fill.have
+        asked = clock()
+        missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
+        params = {name: value for name, value in missing.items() if value is not None}
+        answer = await self._send(
+            "get_object", what, self.attempts.silence_s, Key=self._prefix + key, **params
+        )
+        first_byte_s = clock() - asked
+        body = answer["Body"]
+        try:
+            status = answer["ResponseMetadata"]["HTTPStatusCode"]
+            skip = fill.offset(
+                status, answer.get("ContentRange") or "", answer.get("ContentLength")
+            )
+            fill.etag = fill.etag or answer.get("ETag", "")
+            stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
+            await self._drain(stream, fill, skip, what, until)
+            self.gate.arrived(fill.have - had, clock() - asked, first_byte_s)
+        except Corrupt as exc:
+            raise Corrupt(f"{what}: {exc.message}") from None
+        finally:
+            body.close()  # an unread rest takes its connection with it; a read one gave it back
 
     # -- one request -----------------------------------------------------------------------------
 
@@ -257,29 +335,6 @@ class S3Store(Store):
         except Exception as exc:  # judge() re-raises what is no failure of a store
             raise Failed(judge(exc, what, self.place)) from None
 
-    async def _put(self, key: str, what: str, view: memoryview, until: float) -> bool:
-        limit_s = self.attempts.limit_s(view.nbytes)
-        where = {"Key": self._prefix + key}
-        if not self._conditional_put and await self._exists(what, where):
-            return False
-        condition = {"IfNoneMatch": "*"} if self._conditional_put else {}
-        body = _Body(view, self.counters)
-        try:
-            await self._send("put_object", what, limit_s, Body=body, **where, **condition)
-        except Failed as failed:
-            if failed.verdict.precondition:
-                return False
-            if not (failed.verdict.unsupported and condition):
-                raise
-            if self._conditional_put:
-                self._conditional_put = False
-                _LOG.warning(
-                    "%s does not know conditional PUT (If-None-Match); a HEAD stands in for it",
-                    self.place.endpoint,
-                )
-            return await self._put(key, what, view, until)
-        return True
-
     async def _exists(self, what: str, where: dict[str, str]) -> bool:
         try:
             await self._send("head_object", what, self.attempts.silence_s, **where)
@@ -288,32 +343,6 @@ class S3Store(Store):
                 return False
             raise
         return True
-
-    async def _receive(self, key: str, what: str, fill: Fill, until: float) -> None:
-        """One GET of what `fill` lacks, into its memory."""
-        await self._ready()  # not in the time of the request
-        clock, had = asyncio.get_running_loop().time, fill.have
-        asked = clock()
-        missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
-        params = {name: value for name, value in missing.items() if value is not None}
-        answer = await self._send(
-            "get_object", what, self.attempts.silence_s, Key=self._prefix + key, **params
-        )
-        first_byte_s = clock() - asked
-        body = answer["Body"]
-        try:
-            status = answer["ResponseMetadata"]["HTTPStatusCode"]
-            skip = fill.offset(
-                status, answer.get("ContentRange") or "", answer.get("ContentLength")
-            )
-            fill.etag = fill.etag or answer.get("ETag", "")
-            stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
-            await self._drain(stream, fill, skip, what, until)
-            self.gate.arrived(fill.have - had, clock() - asked, first_byte_s)
-        except Corrupt as exc:
-            raise Corrupt(f"{what}: {exc.message}") from None
-        finally:
-            body.close()  # an unread rest takes its connection with it; a read one gave it back
 
     async def _drain(
         self, stream: aiohttp.StreamReader, fill: Fill, skip: int, what: str, until: float
@@ -381,6 +410,7 @@ class S3Store(Store):
         if not options.anonymous and self._chain is None:
             # A client made now would stay without credentials for ever; a role may come later.
             raise botocore.exceptions.NoCredentialsError
+        self._ca_bundle = options.ca_bundle or session.get_config_variable("ca_bundle") or ""
         style = options.addressing_style
         config = AioConfig(
             connect_timeout=options.connect_timeout_ms / 1000,
@@ -399,10 +429,13 @@ class S3Store(Store):
             response_checksum_validation="when_required",
             parameter_validation=False,  # it refuses a body that is neither bytes nor a file
         )
-        return await session.create_client(
+        client = await session.create_client(
             "s3",
             region_name=options.region or None,
             endpoint_url=options.endpoint_url or None,
             verify=options.ca_bundle or None,
             config=config,
         ).__aenter__()
+        # It would ask before each body that reads like a file, and wait for servers that never answer.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
