@@ -16,30 +16,25 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-START = 16  # many engines may start at once; five doublings from what a large store rewards
+START = 16  # many engines may start at once; four doublings from what a large store rewards
 ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
 PAYS = 1 / 3  # of the goodput that more connections would bring on an idle wire, to be worth it
 AS_GOOD = 0.9  # goodput that fewer connections must keep
 SOONER = 0.9  # and by how much sooner their first bytes must come: else fewer are no gain
-CHANGED = 1.25  # times the goodput of before, under the same limit: look at once if more will do
+# Times the goodput of before, under the same limit: look at once if more will do. Less than MORE,
+# since the limit may be so far above what filled the wire, and shows no more of a wider one.
+CHANGED = 1.15
 LIKE = 1.5  # rounds whose mean bodies differ by more than this factor are not compared
 REST_ROUNDS, REST_ROUNDS_MAX = 8, 32  # between trials; doubles with each that did not pay
 CUT = 0.7  # on 503
 ONE_BURST_S = 0.5  # refusals of one moment come within this, or two long first-byte times
 ONE_BURST_MAX_S = 5.0
-MEND_S, MEND_TO = (
-    5.0,
-    0.85,
-)  # when small steps up begin, and at what share of the refused number they end
-QUIET_S, QUIET_MAX_S = (
-    5.0,
-    80.0,
-)  # no trial after a cut; doubles if the next trial led to a cut, too
-FORGIVE_S = (
-    160.0  # quiet time is short again if so long after it there was no cut; S3 scales up in minutes
-)
+MEND_S = 5.0  # after a cut, until it mends by small steps
+MEND_TO = 0.85  # of the number that was refused, half of what was cut
+QUIET_S, QUIET_MAX_S = 5.0, 80.0  # no trial after a cut; doubles if the next trial led to one, too
+FORGIVE_S = 160.0  # without a cut: the quiet is short again. S3 scales up in minutes
 IDLE_S = 600.0  # after this the server may be another one: begin with half
 SAMPLES = 256  # first-byte times remembered: enough for a p99
 TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
@@ -216,7 +211,7 @@ class Flow:
         if self._trial is None:
             self._settle(seen)
             self._go(now, self._next(now))
-        elif self._known is None or not seen.like(self._known):
+        elif self._known is None or not self._says(seen, self._known):
             self._rest = REST_ROUNDS
             self._go(now, None)
         elif self._pays(seen, self._known):
@@ -279,6 +274,12 @@ class Flow:
             return None
         return float(wish)
 
+    def _says(self, seen: _Seen, known: _Seen) -> bool:
+        """Can the trial be compared? Smaller bodies spend more of their time waiting, so that a gain
+        with them is one all the more; it is plans for more connections that have smaller bodies."""
+        smaller = seen.body_bytes < known.body_bytes and self._pays(seen, known)
+        return smaller or seen.like(known)
+
     def _pays(self, seen: _Seen, known: _Seen) -> bool:
         assert self._trial is not None
         if self._trial > self._base:
@@ -293,8 +294,9 @@ class Flow:
 
     def _refuse(self, now: float) -> None:
         """Back to what is known to be good."""
-        if self._step > 1:
+        if self._step > 1 and self._known is not None:
             self._wire_met = True
+            self._wire_best = max(self._known.bytes_per_s, self._wire_best)
         if self._step == TWICE:
             self._step, self._fine, self._rest = MORE, True, 0
         else:

@@ -210,7 +210,6 @@ def modelled(
             wave.begins_s + late_s + (layout.span(first, layer + 1).stop - start) * flows_s
             for layer in range(first, last)
         ]
-    done_s = max(done_s, mean_s + max(sizes) / rate)
     return Times((*accumulate((min(ready, done_s) for ready in ready_s[:-1]), max), done_s))
 
 

@@ -10,6 +10,9 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from objectcache.flow import Flow
 
 
 class Timeline:
@@ -151,6 +154,66 @@ class SimulatedStore:
         else:
             self._waiting.append(serve)
         return True
+
+
+class Client:
+    """Reads bodies, as many at once as its flow says, for as long as there are any to read."""
+
+    def __init__(self, store: SimulatedStore, flow: Flow, body_bytes: int = 32 << 20) -> None:
+        self.store, self.flow, self.body_bytes = store, flow, body_bytes
+        self.line = store.line
+        self.wanted: float = 0
+        self.in_flight = 0
+        self.asked = 0
+        self.rounds = 0.0  # a body is one part in `limit` of a round
+        self.came: list[tuple[float, float, int]] = []  # when, in which round, bytes
+
+    def read(self, bodies: float) -> None:
+        self.wanted += bodies
+        self._pump()
+
+    def _pump(self) -> None:
+        while self.wanted > 0 and self.in_flight < self.flow.limit(self.line.now):
+            self.wanted -= 1
+            self.in_flight += 1
+            self.flow.began(self.line.now)
+            self._ask(1)
+
+    def _ask(self, attempt: int) -> None:
+        began = self.line.now
+        first_byte_at = [began]
+        self.asked += 1
+
+        def first() -> None:
+            first_byte_at[0] = self.line.now
+
+        def end() -> None:
+            now = self.line.now
+            self.rounds += 1 / self.flow.limit(now)
+            self.came.append((now, self.rounds, self.body_bytes))
+            self.flow.arrived(now, self.body_bytes, first_byte_at[0] - began, now - began)
+            self.flow.ended(now)
+            self.in_flight -= 1
+            self._pump()
+
+        def refused() -> None:
+            self.flow.throttled(self.line.now)
+            pause_s = self.store.random.random() * 0.25 * 2.0 ** min(attempt - 1, 2)
+            self.line.at(self.line.now + pause_s, lambda: self._ask(attempt + 1))
+
+        if not self.store.get([(self.body_bytes, end)], first):
+            self.line.at(self.line.now + 0.01, refused)
+
+    def goodput(self, from_s: float) -> float:
+        """Bytes a second from then on."""
+        return sum(size for at, _, size in self.came if at > from_s) / (self.line.now - from_s)
+
+    def after_rounds(self, rounds: float) -> float:
+        return next(at for at, passed, _ in self.came if passed >= rounds)
+
+
+def client(flow: Flow, body_bytes: int = 32 << 20, **store: Any) -> Client:
+    return Client(SimulatedStore(Timeline(), **store), flow, body_bytes)
 
 
 def fetch_all(

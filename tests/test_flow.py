@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from store_sim import SimulatedStore, Timeline
+from store_sim import client
 
 from objectcache.flow import (
     CUT,
@@ -37,66 +37,6 @@ class Fixed(Flow):
         pass
 
 
-class Client:
-    """Reads bodies, as many at once as its flow says, for as long as there are any to read."""
-
-    def __init__(self, store: SimulatedStore, flow: Flow, body_bytes: int = 32 * MIB) -> None:
-        self.store, self.flow, self.body_bytes = store, flow, body_bytes
-        self.line = store.line
-        self.wanted: float = 0
-        self.in_flight = 0
-        self.asked = 0
-        self.rounds = 0.0  # a body is one part in `limit` of a round
-        self.came: list[tuple[float, float, int]] = []  # when, in which round, bytes
-
-    def read(self, bodies: float) -> None:
-        self.wanted += bodies
-        self._pump()
-
-    def _pump(self) -> None:
-        while self.wanted > 0 and self.in_flight < self.flow.limit(self.line.now):
-            self.wanted -= 1
-            self.in_flight += 1
-            self.flow.began(self.line.now)
-            self._ask(1)
-
-    def _ask(self, attempt: int) -> None:
-        began = self.line.now
-        first_byte_at = [began]
-        self.asked += 1
-
-        def first() -> None:
-            first_byte_at[0] = self.line.now
-
-        def end() -> None:
-            now = self.line.now
-            self.rounds += 1 / self.flow.limit(now)
-            self.came.append((now, self.rounds, self.body_bytes))
-            self.flow.arrived(now, self.body_bytes, first_byte_at[0] - began, now - began)
-            self.flow.ended(now)
-            self.in_flight -= 1
-            self._pump()
-
-        def refused() -> None:
-            self.flow.throttled(self.line.now)
-            pause_s = self.store.random.random() * 0.25 * 2.0 ** min(attempt - 1, 2)
-            self.line.at(self.line.now + pause_s, lambda: self._ask(attempt + 1))
-
-        if not self.store.get([(self.body_bytes, end)], first):
-            self.line.at(self.line.now + 0.01, refused)
-
-    def goodput(self, from_s: float) -> float:
-        """Bytes a second from then on."""
-        return sum(size for at, _, size in self.came if at > from_s) / (self.line.now - from_s)
-
-    def after_rounds(self, rounds: float) -> float:
-        return next(at for at, passed, _ in self.came if passed >= rounds)
-
-
-def client(flow: Flow, body_bytes: int = 32 * MIB, **store: Any) -> Client:
-    return Client(SimulatedStore(Timeline(), **store), flow, body_bytes)
-
-
 @functools.cache
 def best_fixed(body_bytes: int, seconds: float, **store: Any) -> float:
     """Goodput of the best number that is hardly ever refused."""
@@ -105,7 +45,8 @@ def best_fixed(body_bytes: int, seconds: float, **store: Any) -> float:
         one = client(Fixed(number), body_bytes, **store)
         one.read(math.inf)
         one.line.run(seconds)
-        if one.store.refused <= 0.01 * one.asked:
+        # Bodies that began together come together: with few rounds it is chance how many were seen.
+        if one.rounds > 10 and one.store.refused <= 0.01 * one.asked:
             found = max(found, one.goodput(seconds / 4))
     return found
 
@@ -150,7 +91,7 @@ def test_a_store_that_refuses_is_refused_little_more(requests_per_s: int, body_b
     reader.line.run(80.0)
     best = best_fixed(body_bytes, 40.0, **store)
     assert reader.goodput(20.0) > 0.75 * best
-    assert refused < max(50, 2 * requests_per_s)  # until it knew the store
+    assert refused < max(60, 2 * requests_per_s)  # until it knew the store
     assert reader.store.refused - refused < 0.05 * (reader.asked - asked)
 
 
@@ -163,7 +104,7 @@ def test_it_follows_a_store_that_changes() -> None:
     reader.store.wire.change(RATE, 150 * RATE)
     rounds = reader.rounds
     reader.line.run(150.0)
-    since = reader.after_rounds(rounds + 90)
+    since = reader.after_rounds(rounds + 45)
     assert reader.goodput(since) > 0.9 * 150 * RATE * 0.95
     reader.store.wire.change(RATE, 12 * RATE)
     reader.line.run(300.0)
@@ -253,9 +194,11 @@ def test_a_burst_of_503_counts_once() -> None:
     assert flow.limit(1000.0) == 1
 
 
-def steady(flow: Flow, now: float, until: float, rate: float = RATE) -> float:
-    """Bodies of 10 MB from a store without end, all slots in use; sizes and times never vary."""
-    seconds = 10e6 / rate
+def steady(
+    flow: Flow, now: float, until: float, rate: float = RATE, body_bytes: int = 10_000_000
+) -> float:
+    """Bodies from a store without end, all slots in use; sizes and times never vary."""
+    seconds = body_bytes / rate
     in_flight = 0
     while now < until:
         while in_flight < flow.limit(now):
@@ -263,10 +206,36 @@ def steady(flow: Flow, now: float, until: float, rate: float = RATE) -> float:
             in_flight += 1
         now += seconds
         for _ in range(in_flight):
-            flow.arrived(now, 10_000_000, 0.01, seconds)
+            flow.arrived(now, body_bytes, 0.01, seconds)
             flow.ended(now)
         in_flight = 0
     return now
+
+
+def wired(flow: Flow, now: float, wire_bytes_per_s: float) -> float:
+    """As many bodies as may be, of which the wire is the limit: one batch."""
+    return steady(flow, now, now + 1e-9, rate=min(RATE, wire_bytes_per_s / flow.limit(now)))
+
+
+def test_a_wire_that_widens_is_seen_soon_and_one_that_does_not_is_left_in_peace() -> None:
+    flow, now = Flow(MOST), 0.0
+    for batch in range(200):
+        now = wired(flow, now, START * RATE)
+        # No first byte comes sooner with fewer: they are not kept.
+        assert batch < 3 or 0.75 * START <= flow.limit(now) <= 1.3 * START
+    batches = 0
+    while flow.limit(now) < 100:
+        now = wired(flow, now, 1.5 * 100 * RATE)
+        batches += 1
+    assert batches < 60
+    for _ in range(200):
+        now = wired(flow, now, 64 * RATE)
+    low = flow.limit(now)
+    batches = 0
+    while flow.limit(now) <= low:
+        now = wired(flow, now, 1000 * RATE)
+        batches += 1
+    assert batches <= 4, "the gain under the same number is a sign"
 
 
 def test_after_a_cut_it_has_its_quiet_then_mends_by_small_steps() -> None:
@@ -299,6 +268,19 @@ def test_cuts_after_growth_make_the_quiet_longer() -> None:
             flow.throttled(now)
     assert waits[0] < waits[1] < waits[2] < waits[3]
     assert waits[4] < 200
+
+
+def test_larger_bodies_are_no_proof_that_more_connections_pay() -> None:
+    flow = Flow(MOST)
+    now = steady(flow, 0.0, 0.05, rate=20e6, body_bytes=1_000_000)
+    assert flow.limit(now) == 2 * START
+    now = steady(flow, now, now + 0.5, rate=40e6, body_bytes=32_000_000)
+    assert flow.limit(now) == START
+    # Smaller ones that gain all the same are.
+    flow = Flow(MOST)
+    now = steady(flow, 0.0, 0.5, rate=40e6, body_bytes=32_000_000)
+    now = steady(flow, now, now + 0.1, rate=38e6, body_bytes=4_000_000)
+    assert flow.limit(now) >= 2 * START
 
 
 def test_a_failure_ends_a_trial_and_nothing_else() -> None:

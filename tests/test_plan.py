@@ -6,9 +6,9 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_sim import SimulatedStore, Timeline, fetch_all
+from store_sim import SimulatedStore, Timeline, client, fetch_all
 
-from objectcache.flow import StoreModel
+from objectcache.flow import START, Flow, StoreModel
 from objectcache.format import ObjectLayout
 from objectcache.plan import Limits, Plan, Prices, modelled, plan
 
@@ -155,6 +155,25 @@ def test_dearer_requests_are_never_more(chunks: int) -> None:
 def test_the_rate_of_requests_is_a_bound() -> None:
     slow = StoreModel(0.001, 0.005, 80e6, 10e9, requests_per_s=200.0)
     assert plan(1000, CHUNK, slow, Limits(224), FREE).requests <= 2000
+
+
+@pytest.mark.parametrize(("wire_bytes_per_s", "gain"), [(10e9, 0.7), (2e9, 0.85)])
+def test_small_reads_find_their_connections(wire_bytes_per_s: float, gain: float) -> None:
+    """Plan and flow together: fewer chunks than START never fill it, unless plans split them."""
+    flow = Flow(224)
+    reader = client(flow, wire_bytes_per_s=wire_bytes_per_s)
+    took_s = []
+    for _ in range(40):
+        best = plan(14, CHUNK, flow.model(), Limits(flow.limit(reader.line.now)))
+        reader.body_bytes = 14 * CHUNK.object_bytes // best.requests
+        began = reader.line.now
+        reader.read(best.requests)
+        reader.line.run()
+        took_s.append(reader.line.now - began)
+        reader.line.run(reader.line.now + 2.0)
+    assert flow.limit(reader.line.now) >= 2 * START
+    whole = modelled(14, CHUNK, ((0, 32),), 14, StoreModel(wire_bytes_per_s=wire_bytes_per_s))
+    assert statistics.median(took_s[20:]) < gain * whole.done_s
 
 
 # ---- the model against the simulation

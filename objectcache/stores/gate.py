@@ -57,8 +57,6 @@ class Gate:
             if turn.done() and not turn.cancelled():
                 self._leave(line)
                 self._admit()
-            else:
-                turn.cancel()  # _admit passes over it
 
     def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
         """A body came in so many seconds since its request was sent. While its slot is held."""
@@ -88,7 +86,7 @@ class Gate:
                 return
             line = min(lines, key=lambda line: line.waiting[0][0])
             _, turn = line.waiting.popleft()
-            if turn.cancelled():
+            if turn.cancelled():  # gone while it waited
                 continue
             turn.set_result(None)
             line.held += 1
