@@ -256,6 +256,7 @@ class ObstoreStore(Store):
         answer = await self._ask(
             what, silence_s, lambda: obstore.get_async(bucket, key, options=options)
         )
+        first_byte_s = clock() - began
         size, etag = answer.meta["size"], answer.meta["e_tag"] or ""
         if whole:
             fill.offset(200, "", size)
@@ -267,7 +268,7 @@ class ObstoreStore(Store):
         self.counters.read_bytes += len(data)
         if len(data) != last - first + 1:
             raise _HandOver("a body of another length than it should have")
-        self._library.gate.arrived(len(data), clock() - began)
+        self._library.gate.arrived(len(data), clock() - began, first_byte_s)
         return data
 
     async def _land(self, fill: Fill, data: memoryview, marks: Sequence[int]) -> None:
