@@ -10,21 +10,29 @@ import pytest
 from fault_server import FaultProxy
 
 from benchmarks.servers import seaweedfs
-from objectcache.config import parse
+from objectcache.config import Options, parse
 from objectcache.errors import ObjectCacheError
 from objectcache.stores import open_store
 from objectcache.stores.base import Store, StoreCounters
+from objectcache.stores.s3 import S3Store
+from objectcache.stores.s3_direct import DirectStore
 
 BODY = os.urandom(600_000)  # of the object `there`
 QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
+# The ways to S3, each made from options.
+PATHS: dict[str, Callable[[Options], Store]] = {
+    "aiobotocore": S3Store,
+    "direct": lambda options: DirectStore(library := S3Store(options), library, options),
+}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 
 class Lab:
     """A bucket with `there` in it, behind a proxy that can break, and stores that live on."""
 
-    def __init__(self, proxy: FaultProxy) -> None:
+    def __init__(self, proxy: FaultProxy, path: str) -> None:
         self.proxy = proxy
+        self.path = path
         self._runner = asyncio.Runner()
         self._stores: dict[str, Store] = {}
 
@@ -46,7 +54,7 @@ class Lab:
         store = self._stores.get(repr(options))
         if store is None:
             settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
-            store = self._stores[repr(options)] = open_store(parse({**settings, **options}))
+            store = self._stores[repr(options)] = PATHS[self.path](parse({**settings, **options}))
         fault, self.proxy.fault = self.proxy.fault, None
         script = list(self.proxy.script)
         self.proxy.script.clear()
@@ -61,20 +69,27 @@ class Lab:
         assert took_s < limit_s
         return took_s
 
+    def handed_over(self, how: str) -> int:
+        """Requests beyond the library path's own, if the answers were such that a faster path left
+        the rest to it."""
+        return int(how == "read" and self.path != "aiobotocore")
+
     def close(self) -> None:
         for store in self._stores.values():
             self._runner.run(store.close())
         self._runner.close()
 
 
-@pytest.fixture(scope="module", name="module_lab")
-def module_lab_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+@pytest.fixture(scope="module", name="module_lab", params=PATHS)
+def module_lab_fixture(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Lab]:
     with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
         before = dict(os.environ)
         os.environ.update(server.env)
         server.client().put_object(Bucket="faults", Key="lab/there", Body=BODY)
         with FaultProxy(server.endpoint_url) as proxy:
-            lab = Lab(proxy)
+            lab = Lab(proxy, request.param)
             yield lab
             lab.close()
         os.environ.clear()

@@ -34,6 +34,8 @@ MAP: dict[str, str] = {
     "identity": "vllm-late torch-late",
     "loop": "asyncio threads",
     "stores.base": "",
+    "stores.sigv4": "",
+    "stores.http1": "",
     "stores.memory": "threads",
     "stores.local": "asyncio threads clock files chance",
     "stores.s3_errors": "network",
@@ -41,6 +43,9 @@ MAP: dict[str, str] = {
     "stores.attempts": "asyncio chance",
     "stores.fill": "",
     "stores.s3": "asyncio network files",
+    "stores.receiver": "asyncio network threads clock",
+    "stores.connections": "asyncio network",
+    "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
     "device": "torch",
     "pages": "torch vllm-late",
@@ -63,6 +68,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "format", "index", "keys", "support", "ring"),
+    *("stores.sigv4", "stores.http1"),
 }
 WORLD = {
     "torch": "torch",
@@ -80,7 +86,10 @@ WORLD = {
 BROAD = {
     ("stores.s3", "_send"): "judge() raises what is no failure of a store",
     ("stores.s3", "_ready"): "judge() raises what is no failure of a store",
+    ("stores.s3", "address"): "judge() raises what is no failure of a store",
     ("stores.s3", "credentials"): "judge() raises what is no failure of a store",
+    ("stores.receiver", "_step"): "it ends one exchange, and is raised where that is waited for",
+    ("stores.receiver", "_outlast"): "a thread may still write to the caller's memory",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
     ("streamer", "_outcomes"): "reads may still write to slots",
     ("stores.local", "_outlast"): "a thread may still write to the caller's memory",

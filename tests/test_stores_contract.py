@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from s3_lab import PATHS
 
 from benchmarks.servers import Server, moto_server, radosgw, radosgw_absent, seaweedfs
 from objectcache.config import parse
@@ -19,8 +20,10 @@ from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheErro
 from objectcache.stores import open_store
 from objectcache.stores.base import Store
 
-KINDS = ("memory", "file", "s3-moto", "s3-seaweedfs", "s3-radosgw")
+SERVERS = ("s3-moto", "s3-seaweedfs", "s3-radosgw")
+KINDS = [("memory", ""), ("file", ""), *((kind, path) for path in PATHS for kind in SERVERS)]
 BODY = bytes(range(256)) * 12_000  # 3 MiB: several pieces for every store
+MARKS = (4096, 1_000_000, 2_000_000)
 
 
 @dataclass
@@ -30,10 +33,12 @@ class Place:
     kind: str
     url: str
     endpoint_url: str = ""
+    path: str = ""  # of PATHS, if it is S3
 
     def open(self, below: str = "", **options: object) -> Store:
         url = f"{self.url}/{below or uuid.uuid4().hex}"
-        return open_store(parse({"url": url, "endpoint_url": self.endpoint_url, **options}))
+        parsed = parse({"url": url, "endpoint_url": self.endpoint_url, **options})
+        return PATHS[self.path](parsed) if self.path else open_store(parsed)
 
     def run(
         self, scenario: Callable[[Store], Awaitable[None]], below: str = "", **options: object
@@ -72,11 +77,11 @@ def _server(kind: str, root: Path) -> Server:
     return radosgw(root, "contract")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(filter(None, kind)))
 def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
-    kind = request.param
+    kind, path = request.param
     root = tmp_path_factory.mktemp(kind)
     if kind == "memory":
         yield Place(kind, "memory://contract")
@@ -84,7 +89,8 @@ def place(
         yield Place(kind, f"file://{root}/store")
     else:
         with _server(kind, root / "server") as server, _environment(server.env):
-            yield Place(kind, "s3://contract/some/prefix", server.endpoint_url)
+            url = f"s3://contract/{path}/prefix"  # of its own: moto has one memory for all
+            yield Place(kind, url, server.endpoint_url, path)
 
 
 async def _whole(store: Store, key: str, size: int) -> bytes:
@@ -203,21 +209,30 @@ def test_no_reader_sees_an_object_in_part(place: Place) -> None:
 def test_landed_rises_to_the_end_and_tells_the_truth(place: Place) -> None:
     async def scenario(store: Store) -> None:
         await store.write("ns/key", memoryview(BODY))
-        loop_thread = threading.get_ident()
-        for start in (None, 10):
+        for start, marks in ((None, ()), (None, MARKS), (10, ()), (10, MARKS)):
             want = BODY[start or 0 :]
-            into, seen = bytearray(len(want)), [0]
+            into, seen, busy = bytearray(len(want)), [0], threading.Lock()
 
             def landed(
-                n: int, into: bytearray = into, seen: list[int] = seen, want: bytes = want
+                n: int,
+                into: bytearray = into,
+                seen: list[int] = seen,
+                want: bytes = want,
+                busy: threading.Lock = busy,
             ) -> None:
-                assert threading.get_ident() == loop_thread
+                assert busy.acquire(blocking=False)
                 assert into[seen[-1] : n] == want[seen[-1] : n]
                 seen.append(n)
+                busy.release()
 
-            await store.read("ns/key", memoryview(into), start=start, landed=landed)
+            await store.read(
+                "ns/key", memoryview(into), start=start, marks=[*marks, len(want)], landed=landed
+            )
             assert seen == sorted(seen)
             assert seen[-1] == len(want)
+            ended = len(seen)
+            await asyncio.sleep(0.01)
+            assert len(seen) == ended
 
     place.run(scenario)
 
@@ -248,12 +263,16 @@ def test_an_exception_from_landed_ends_the_read_and_comes_out(
 def test_a_cancelled_read_writes_no_more_and_leaves_the_store_usable(place: Place) -> None:
     async def scenario(store: Store) -> None:
         await store.write("ns/key", memoryview(BODY))
+        loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
         for _ in range(8):
             into = bytearray(len(BODY))
             reading: asyncio.Future[None]
 
             def landed(n: int) -> None:
-                reading.cancel()  # noqa: B023 (called while this turn of the loop lasts)
+                if threading.get_ident() == loop_thread:
+                    reading.cancel()  # noqa: B023 (called while this turn of the loop lasts)
+                else:
+                    loop.call_soon_threadsafe(reading.cancel)  # noqa: B023
 
             reading = asyncio.ensure_future(store.read("ns/key", memoryview(into), landed=landed))
             await asyncio.wait([reading])

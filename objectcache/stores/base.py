@@ -27,6 +27,7 @@ class StoreCounters:
     list_requests: int = 0
     delete_requests: int = 0
     read_bytes: int = 0  # body bytes received, whether they were of use or not
+    handed_over_reads: int = 0  # to the library path, by a faster path that could not do them
     written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
 
 

@@ -126,16 +126,15 @@ class S3Store(Store):
         landed: Callable[[int], None] | None = None,
     ) -> None:
         check_key(key)
-        what = f"GET {key}"
         if start is not None and not len(into):  # HTTP has no empty range
             if await self.head(key) < start:
-                raise Corrupt(f"{what}: the object ends before {start}.")
+                raise Corrupt(f"GET {key}: the object ends before {start}.")
             if landed is not None:
                 landed(0)
             return
         fill = Fill(into, start, landed)
         async with self.gate.slot(bulk=True):
-            await self.attempts.run(len(into), lambda until: self._receive(key, what, fill, until))
+            await self.attempts.run(len(into), lambda until: self.receive(key, fill, until))
 
     async def write(self, key: str, body: memoryview) -> bool:
         check_key(key)
@@ -194,9 +193,13 @@ class S3Store(Store):
     async def address(self) -> Address:
         """Where the chain and the options say that the bucket is. Asks the server nothing."""
         client = await self._ready()
-        url = await client.generate_presigned_url(
-            "get_object", Params={"Bucket": self._bucket, "Key": f"{self._prefix}x"}
-        )
+        try:
+            async with asyncio.timeout(_SET_UP_LIMIT_S):  # it signs, and may have to renew for that
+                url = await client.generate_presigned_url(
+                    "get_object", Params={"Bucket": self._bucket, "Key": f"{self._prefix}x"}
+                )
+        except Exception as exc:  # judge() re-raises what is no failure of a store
+            raise judge(exc, "set-up", self.place).error from None
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         path = parts.path.removesuffix("x")
@@ -275,8 +278,12 @@ class S3Store(Store):
             raise
         return True
 
-    async def _receive(self, key: str, what: str, fill: Fill, until: float) -> None:
-        """One GET of what `fill` lacks, into its memory."""
+    async def receive(self, key: str, fill: Fill, until: float) -> None:
+        """One GET of what `fill` lacks, into its memory: one attempt, in a slot of the caller's.
+
+        Raises Failed, or an error that no other attempt would change.
+        """
+        what = f"GET {key}"
         missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
         params = {name: value for name, value in missing.items() if value is not None}
         answer = await self._send(
