@@ -8,7 +8,7 @@ import asyncio
 import select
 import socket
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from objectcache.stores.receiver import Peer
 
@@ -24,11 +24,19 @@ class Unresolved(Exception):
 class Connections:
     """At most `most` of them, idle ones included, if the caller has no more than that in use."""
 
-    def __init__(self, host: str, port: int, most: int, lookup_s: float) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        most: int,
+        lookup_s: float,
+        look_up: "Callable[[str, int, int], list[Peer]] | None" = None,
+    ) -> None:
         self._host = host
         self._port = port
         self._most = most
         self._lookup_s = lookup_s  # longest wait for the addresses
+        self._look_up = look_up or _looked_up  # by the system
         self._peers: list[Peer] = []
         self._peers_until = 0.0
         self._lookup: asyncio.Future[list[Peer]] | None = None
@@ -120,13 +128,13 @@ class Connections:
         if self._peers and loop.time() < self._peers_until:
             return self._peers
         try:
-            self._peers = _looked_up(self._host, self._port, socket.AI_NUMERICHOST)
+            self._peers = self._look_up(self._host, self._port, socket.AI_NUMERICHOST)
             self._peers_until = float("inf")
             return self._peers
         except OSError:
             pass  # a name
         if self._lookup is None:
-            self._lookup = loop.run_in_executor(None, _looked_up, self._host, self._port, 0)
+            self._lookup = loop.run_in_executor(None, self._look_up, self._host, self._port, 0)
             self._lookup.add_done_callback(self._found)
         if not self._peers:  # else the old ones do until there is news
             await asyncio.wait([self._lookup], timeout=self._lookup_s)
@@ -143,6 +151,7 @@ class Connections:
 
 
 def _looked_up(host: str, port: int, flags: int) -> list[Peer]:
+    """Blocks, unless `flags` has AI_NUMERICHOST. Raises OSError."""
     every = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     # Without IPv6 in Python, an IPv6 address is of bytes: nothing to connect to.
     peers = ((int(found[0]), found[4]) for found in every)
