@@ -17,6 +17,9 @@ DEAD_S = 10.0  # how long an address without a connection is left alone
 IDLE_S = 12.0  # servers and balancers close theirs after 15 s or more
 
 
+LookUp = Callable[[str, int, int], list[Peer]]  # host, port, flags of getaddrinfo; raises OSError
+
+
 class Unresolved(Exception):
     """The name has no address now, or no other."""
 
@@ -30,7 +33,7 @@ class Connections:
         port: int,
         most: int,
         lookup_s: float,
-        look_up: "Callable[[str, int, int], list[Peer]] | None" = None,
+        look_up: LookUp | None = None,
     ) -> None:
         self._host = host
         self._port = port

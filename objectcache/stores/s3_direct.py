@@ -21,7 +21,7 @@ from objectcache.config import Options
 from objectcache.errors import Corrupt, Unavailable
 from objectcache.stores.attempts import Failed
 from objectcache.stores.base import Store, StoreCounters, check_key
-from objectcache.stores.connections import Connections, Unresolved
+from objectcache.stores.connections import Connections, LookUp, Unresolved
 from objectcache.stores.fill import Fill
 from objectcache.stores.http1 import Head
 from objectcache.stores.receiver import End, Exchange, Peer, Receiver, Sink
@@ -109,12 +109,18 @@ class DirectStore(Store):
     """`library` answers what is odd, `others` (which may be the same) does all but reading."""
 
     def __init__(
-        self, library: S3Store, others: Store, options: Options, threads: int = THREADS
+        self,
+        library: S3Store,
+        others: Store,
+        options: Options,
+        threads: int = THREADS,
+        look_up: LookUp | None = None,
     ) -> None:
         self.name = library.name
         self._library = library
         self._others = others
         self._most = options.max_connections
+        self._look_up = look_up
         self._connect_s = options.connect_timeout_ms / 1000
         self._receiver = Receiver(threads, self._connect_s, options.read_timeout_ms / 1000)
         self._endpoint: _Endpoint | None = None
@@ -184,7 +190,8 @@ class DirectStore(Store):
         if self._endpoint is None:
             address = await self._library.address()
             if self._endpoint is None:
-                connections = Connections(address.host, address.port, self._most, self._connect_s)
+                where = address.host, address.port
+                connections = Connections(*where, self._most, self._connect_s, self._look_up)
                 self._endpoint = _Endpoint(address, connections)
         return self._endpoint
 
