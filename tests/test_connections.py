@@ -29,10 +29,12 @@ class Names:
         return list(self.peers)
 
 
-def run(scenario: Callable[[Connections, Names], Awaitable[None]], most: int = 8) -> None:
+def run(
+    scenario: Callable[[Connections, Names], Awaitable[None]], most: int = 8, idle_s: float = 9
+) -> None:
     async def main() -> None:
         names = Names(list(PEERS))
-        pool = Connections("store", 80, most, 0.5, names)
+        pool = Connections("store", 80, most, 0.5, names, idle_s)
         try:
             await scenario(pool, names)
         finally:
@@ -155,6 +157,22 @@ def test_addresses_need_no_resolver() -> None:
             assert (found, *address[:2]) == (family, host, 81)
 
     asyncio.run(scenario())
+
+
+def test_idle_connections_are_closed_after_a_while() -> None:
+    async def scenario(pool: Connections, names: Names) -> None:
+        servers = [kept(pool, await pool.choose())]
+        await asyncio.sleep(0.1)
+        servers.append(kept(pool, await pool.choose()))
+        await asyncio.sleep(0.15)
+        assert pool.open == pool.idle == 1
+        await asyncio.sleep(0.1)
+        assert pool.open == pool.idle == 0
+        for server in servers:
+            assert server.recv(1) == b""
+            server.close()
+
+    run(scenario, idle_s=0.2)
 
 
 def test_idle_connections_do_not_outlive_servers_patience() -> None:

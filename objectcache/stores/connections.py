@@ -34,12 +34,14 @@ class Connections:
         most: int,
         lookup_s: float,
         look_up: LookUp | None = None,
+        idle_s: float = IDLE_S,
     ) -> None:
         self._host = host
         self._port = port
         self._most = most
         self._lookup_s = lookup_s  # longest wait for the addresses
         self._look_up = look_up or _looked_up  # by the system
+        self._idle_s = idle_s
         self._peers: list[Peer] = []
         self._peers_until = 0.0
         self._lookup: asyncio.Future[list[Peer]] | None = None
@@ -88,9 +90,9 @@ class Connections:
             self._drop(peer, sock)
             return
         loop = asyncio.get_running_loop()
-        self._idle.append((loop.time() + IDLE_S, peer, sock))
+        self._idle.append((loop.time() + self._idle_s, peer, sock))
         if self._sweep is None:
-            self._sweep = loop.call_later(IDLE_S, self._drop_old)
+            self._sweep = loop.call_later(self._idle_s, self._drop_old)
 
     def reached(self, peer: Peer, well: bool) -> None:
         """Whether a connection to `peer` was possible."""
