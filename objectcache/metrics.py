@@ -28,8 +28,12 @@ COUNTERS: dict[str, str] = {
     "head_requests": "HEAD requests sent, retries included.",
     "read_bytes": "Body bytes received from the store.",
     "written_bytes": "Body bytes sent to the store.",
+    "handed_over": "Requests that a faster way to S3 left to a slower one; the log says why, once for each reason.",
 }
-STORE_COUNTERS = ("get_requests", "put_requests", "head_requests", "read_bytes", "written_bytes")
+STORE_COUNTERS = (
+    *("get_requests", "put_requests", "head_requests"),
+    *("read_bytes", "written_bytes", "handed_over"),
+)
 
 
 def prometheus_name(counter: str) -> str:

@@ -14,6 +14,7 @@ from objectcache.config import Options, parse
 from objectcache.errors import ObjectCacheError
 from objectcache.stores.base import Store, StoreCounters
 from objectcache.stores.s3 import S3Store
+from objectcache.stores.s3_direct import DirectStore
 from objectcache.stores.s3_obstore import ObstoreStore
 
 BODY = os.urandom(600_000)  # of the object `there`
@@ -21,9 +22,10 @@ QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
 PATHS: dict[str, Callable[[Options], Store]] = {  # every data path to S3 passes the same suites
     "aiobotocore": S3Store,
     "obstore": lambda options: ObstoreStore(S3Store(options), options),
+    "direct": lambda options: DirectStore(library := S3Store(options), library, options),
 }
 # Requests that a path may repeat by the library path, so that a rare answer gets its exact error.
-ASKED_TWICE = {"aiobotocore": 0, "obstore": 1}
+ASKED_TWICE = {"aiobotocore": 0, "obstore": 1, "direct": 1}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 

@@ -37,6 +37,8 @@ MAP: dict[str, str] = {
     "identity": "vllm-late torch-late",
     "loop": "asyncio threads",
     "stores.base": "",
+    "stores.sigv4": "",
+    "stores.http1": "",
     "stores.memory": "threads",
     "stores.outlast": "asyncio",
     "stores.local": "asyncio threads clock files chance",
@@ -46,6 +48,9 @@ MAP: dict[str, str] = {
     "stores.fill": "",
     "stores.s3": "asyncio network files",
     "stores.s3_obstore": "asyncio network threads clock",
+    "stores.receiver": "asyncio network threads clock",
+    "stores.connections": "asyncio network",
+    "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
     "device": "torch",
     "pages": "torch vllm-late",
@@ -68,7 +73,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("support", "ring", "shelf"),
+    *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {
     "torch": "torch",
@@ -86,7 +91,10 @@ WORLD = {
 BROAD = {
     ("stores.s3", "_send"): "judge() raises what is no failure of a store",
     ("stores.s3", "_ready"): "judge() raises what is no failure of a store",
+    ("stores.s3", "address"): "judge() raises what is no failure of a store",
     ("stores.s3", "credentials"): "judge() raises what is no failure of a store",
+    ("stores.receiver", "_step"): "it ends one exchange, and is raised where that is waited for",
+    ("stores.receiver", "_outlast"): "a thread may still write to the caller's memory",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
     ("streamer", "_bring"): "the slot is held until its reads have ended",
     ("streamer", "_outcomes"): "reads may still write to slots",

@@ -23,6 +23,7 @@ from objectcache.stores.base import Store
 SERVERS = ("s3-moto", "s3-seaweedfs", "s3-radosgw")
 KINDS = ("memory", "file", *(f"{server} {path}" for server in SERVERS for path in PATHS))
 BODY = bytes(range(256)) * 12_000  # 3 MiB: several pieces for every store
+MARKS = (4096, 1_000_000, 2_000_000)
 
 
 @dataclass
@@ -75,11 +76,11 @@ def _server(kind: str, root: Path) -> Server:
     return radosgw(root, "contract")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(filter(None, kind)))
 def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
-    kind = request.param
+    kind, path = request.param
     root = tmp_path_factory.mktemp(kind)
     if kind == "memory":
         yield Place(kind, "memory://contract")
@@ -208,20 +209,30 @@ def test_no_reader_sees_an_object_in_part(place: Place) -> None:
 def test_landed_rises_to_the_end_and_tells_the_truth(place: Place) -> None:
     async def scenario(store: Store) -> None:
         await store.write("ns/key", memoryview(BODY))
-        for start in (None, 10):
+        for start, marks in ((None, ()), (None, MARKS), (10, ()), (10, MARKS)):
             want = BODY[start or 0 :]
-            into, seen, alone = bytearray(len(want)), [0], threading.Lock()
+            into, seen, busy = bytearray(len(want)), [0], threading.Lock()
 
-            def landed(n: int) -> None:  # on any thread
-                assert alone.acquire(blocking=False)  # noqa: B023 (called while this turn lasts)
-                assert into[seen[-1] : n] == want[seen[-1] : n]  # noqa: B023
-                seen.append(n)  # noqa: B023
-                alone.release()  # noqa: B023
+            def landed(
+                n: int,
+                into: bytearray = into,
+                seen: list[int] = seen,
+                want: bytes = want,
+                busy: threading.Lock = busy,
+            ) -> None:
+                assert busy.acquire(blocking=False)
+                assert into[seen[-1] : n] == want[seen[-1] : n]
+                seen.append(n)
+                busy.release()
 
-            await store.read("ns/key", memoryview(into), start=start, landed=landed)
+            await store.read(
+                "ns/key", memoryview(into), start=start, marks=[*marks, len(want)], landed=landed
+            )
             assert seen == sorted(seen)
             assert seen[-1] == len(want)
-            assert alone.acquire(blocking=False)
+            ended = len(seen)
+            await asyncio.sleep(0.01)
+            assert len(seen) == ended
 
     place.run(scenario)
 
@@ -280,13 +291,17 @@ def test_an_exception_from_landed_ends_the_read_and_comes_out(
 def test_a_cancelled_read_writes_no_more_and_leaves_the_store_usable(place: Place) -> None:
     async def scenario(store: Store) -> None:
         await store.write("ns/key", memoryview(BODY))
+        loop, loop_thread = asyncio.get_running_loop(), threading.get_ident()
         for _ in range(8):
             into = bytearray(len(BODY))
             reading: asyncio.Future[None]
             loop = asyncio.get_running_loop()
 
-            def landed(n: int) -> None:  # on any thread
-                loop.call_soon_threadsafe(reading.cancel)  # noqa: B023 (this turn's)
+            def landed(n: int) -> None:
+                if threading.get_ident() == loop_thread:
+                    reading.cancel()  # noqa: B023 (called while this turn of the loop lasts)
+                else:
+                    loop.call_soon_threadsafe(reading.cancel)  # noqa: B023
 
             reading = asyncio.ensure_future(store.read("ns/key", memoryview(into), landed=landed))
             await asyncio.wait([reading])

@@ -16,9 +16,7 @@ def open_store(options: Options) -> Store:
     """
     scheme, _, rest = options.url.partition("://")
     if scheme == "s3":
-        from objectcache.stores.s3 import S3Store
-
-        return S3Store(options)
+        return _s3_store(options)
     if scheme == "file":
         from objectcache.stores.local import LocalStore
 
@@ -31,3 +29,19 @@ def open_store(options: Options) -> Store:
         "option 'url' is not a place that objectcache knows.",
         "use s3://bucket/prefix, file:///path or memory://name.",
     )
+
+
+def _s3_store(options: Options) -> Store:
+    from objectcache.stores.s3 import S3Store
+
+    library = S3Store(options)
+    if options.transport == "aiobotocore":
+        return library
+    from objectcache.stores.s3_obstore import ObstoreStore
+
+    obstore = ObstoreStore(library, options)
+    if options.transport == "obstore":
+        return obstore
+    from objectcache.stores.s3_direct import DirectStore
+
+    return DirectStore(library, obstore, options)  # which leaves https to obstore

@@ -209,9 +209,13 @@ class S3Store(Store):
     async def address(self) -> Address:
         """Where the chain and the options say that the bucket is. Asks the server nothing."""
         client = await self._ready()
-        url = await client.generate_presigned_url(
-            "get_object", Params={"Bucket": self._bucket, "Key": f"{self._prefix}x"}
-        )
+        try:
+            async with asyncio.timeout(_SET_UP_LIMIT_S):  # it signs, and may have to renew for that
+                url = await client.generate_presigned_url(
+                    "get_object", Params={"Bucket": self._bucket, "Key": f"{self._prefix}x"}
+                )
+        except Exception as exc:  # judge() re-raises what is no failure of a store
+            raise judge(exc, "set-up", self.place).error from None
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
         path = parts.path.removesuffix("x")

@@ -149,13 +149,19 @@ def _judge_answer(exc: boto.ClientError, what: str, place: Place) -> Verdict:
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
     code = _code(exc)
+    if code in _REGION_CODES or status in (301, 302, 307, 308):
+        return Verdict(_wrong_region(answer, headers, place))
+    return judge_answer(status, code, headers.get("retry-after", ""), what, place)
+
+
+def judge_answer(status: int, code: str, retry_after: str, what: str, place: Place) -> Verdict:
+    """What an answer that is no success means, but for another region. `code` is S3's, "" if unknown,
+    of letters, digits and ._-; `retry_after` the header or ""."""
     said = f"{what}: {place.endpoint} answered {status}" + (
         f" {code}." if code and code != str(status) else "."
     )
     if code == "NoSuchBucket":
         return Verdict(Misconfigured(f"bucket {place.bucket!r} does not exist.", _BUCKET_HINT))
-    if code in _REGION_CODES or status in (301, 302, 307, 308):
-        return Verdict(_wrong_region(answer, headers, place))
     if status == 404:
         return Verdict(NotFound(f"{what}: not in {place.store}."))
     if code == "InvalidObjectState":
@@ -169,7 +175,7 @@ def _judge_answer(exc: boto.ClientError, what: str, place: Place) -> Verdict:
             Unavailable(said, _BUSY_HINT),
             retry=True,
             throttled=True,
-            retry_after_s=_retry_after_s(headers),
+            retry_after_s=_retry_after_s(retry_after),
         )
     if status == 501 or code == "NotImplemented":
         return Verdict(Unavailable(said), unsupported=True)
@@ -178,7 +184,12 @@ def _judge_answer(exc: boto.ClientError, what: str, place: Place) -> Verdict:
     if status == 400 and code in ("", "400"):  # a HEAD has no body to say more
         return Verdict(Denied(said, "a HEAD answered so mostly means an expired or foreign token."))
     retry = status >= 500 or code in _CONFLICT_CODES or code == "RequestTimeout"
-    return Verdict(Unavailable(said), retry=retry, retry_after_s=_retry_after_s(headers))
+    return Verdict(Unavailable(said), retry=retry, retry_after_s=_retry_after_s(retry_after))
+
+
+def unreachable(what: str, where: str) -> Verdict:
+    """No connection could be made. `where` is scheme, host and port."""
+    return Verdict(Unavailable(f"{what}: cannot connect to {where}.", _REACH_HINT), retry=True)
 
 
 def _no_credentials(exc: BaseException, place: Place) -> Verdict:
@@ -241,7 +252,7 @@ def _judge_transport(exc: BaseException, what: str, place: Place) -> Verdict:
         return Verdict(Misconfigured("the CA bundle cannot be read.", _CA_HINT))
     # aiobotocore says "cannot connect" of a connection that was reset later, too.
     if isinstance(exc, boto.ConnectTimeoutError) or isinstance(inner, aiohttp.ClientConnectorError):
-        return Verdict(Unavailable(f"{what}: cannot connect to {where}.", _REACH_HINT), retry=True)
+        return unreachable(what, where)
     if isinstance(exc, (boto.ReadTimeoutError, TimeoutError)):
         return Verdict(Unavailable(f"{what}: {where} did not answer in time."), retry=True)
     if isinstance(exc, (boto.ConnectionError, boto.HTTPClientError, aiohttp.ClientError, OSError)):
@@ -261,8 +272,8 @@ def _judge_transport(exc: BaseException, what: str, place: Place) -> Verdict:
     raise exc  # a bug of ours: no failure of a store
 
 
-def _retry_after_s(headers: "dict[str, str]") -> float:
+def _retry_after_s(told: str) -> float:
     try:
-        return max(0.0, float(headers.get("retry-after", 0)))
+        return max(0.0, float(told or 0))
     except ValueError:  # a date: our own pause will do
         return 0.0

@@ -1,0 +1,336 @@
+"""Reads from plain http:// S3 endpoints, received by the kernel straight into the caller's memory. All else, and whatever is odd, the library path does.
+
+What an answer means stands here; the bytes move in receiver.py. A read shares gate, attempts,
+counters and credentials with the library path, and its errors are the same. What this path cannot
+do it hands over, with one line in the log for each reason: to the library path the rest of one read,
+to the others, uncounted, all reads for a reason of the endpoint (https, a proxy). (A kept connection that ends without an answer is
+replaced once, uncounted, as aiohttp does below the library path.)
+"""
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from botocore.utils import get_environ_proxies  # type: ignore[import-untyped]
+
+from objectcache import __version__
+from objectcache.config import Options
+from objectcache.errors import Corrupt, Unavailable
+from objectcache.stores.attempts import Failed
+from objectcache.stores.base import Pace, Store, StoreCounters, check_key
+from objectcache.stores.connections import Connections, LookUp, Unresolved
+from objectcache.stores.fill import Fill
+from objectcache.stores.http1 import Head
+from objectcache.stores.receiver import End, Exchange, Peer, Receiver, Sink
+from objectcache.stores.s3 import Address, Credentials, S3Store
+from objectcache.stores.s3_errors import Verdict, judge, judge_answer, unreachable
+from objectcache.stores.sigv4 import Signer, host_header, quoted
+
+_LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
+THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))  # more take the GIL from vLLM for little gain
+_ERROR_BYTES_MAX = 16 << 10  # of an error's body that is read for its code
+_CODE = re.compile(rb"<Code>([A-Za-z0-9._-]{1,64})</Code>")
+_OTHER_PEERS = 3  # most addresses tried in one attempt after the first
+_JUDGED = {404, 412, 429}  # and 5xx: what these mean the status and the code say
+
+
+class _HandOver(Exception):
+    """This answer is for the library path; why, in words for the log."""
+
+
+class _Read:
+    """One read: how far it is, and what the answer at hand is taken for. `accept` runs in a receiver's thread."""
+
+    def __init__(self, key: str, fill: Fill, marks: Sequence[int]) -> None:
+        self.key = key
+        self.what = f"GET {key}"
+        self.fill = fill
+        self.marks = marks
+        self.handed_over = False
+        self.begin()
+
+    def begin(self) -> None:
+        self._base = self.fill.have
+        self.head: Head | None = None
+        self.first_byte_at = 0.0
+        self.said = bytearray()  # the body of an error
+        self.corrupt: Corrupt | None = None
+        self.odd = ""  # why the library path must repeat this
+
+    def accept(self, head: Head) -> Sink | None:
+        self.head, self.first_byte_at = head, time.monotonic()
+        try:
+            return self._sink(head)
+        except Corrupt as exc:
+            self.corrupt = exc
+        except _HandOver as exc:
+            self.odd = str(exc)
+        return None
+
+    def _sink(self, head: Head) -> Sink | None:
+        if head.status not in (200, 206):
+            return self._error_sink(head)
+        if head.coded or head.length is None:
+            raise _HandOver("sends bodies without Content-Length")
+        fill = self.fill
+        skip = fill.offset(head.status, head.content_range, head.length)
+        if skip or head.length != len(fill.into) - fill.have:
+            raise _HandOver("answers to a Range with the whole object")
+        fill.etag = fill.etag or head.etag
+        marks = [mark - self._base for mark in self.marks if mark > self._base]
+        return Sink(fill.into[self._base :], marks, self._landed)
+
+    def _error_sink(self, head: Head) -> Sink | None:
+        if head.status not in _JUDGED and head.status < 500:
+            raise _HandOver(f"answers {head.status}")
+        if head.length is not None and head.length <= _ERROR_BYTES_MAX:
+            self.said = bytearray(head.length)
+            return Sink(memoryview(self.said))
+        if head.status == 404:  # of the key or of the bucket?
+            raise _HandOver("answers 404 without Content-Length")
+        return None
+
+    def _landed(self, count: int) -> None:
+        self.fill.have = self._base + count
+        if self.fill.landed is not None:
+            self.fill.landed(self.fill.have)
+
+    def received(self, exchange: Exchange) -> int:
+        """Take note of how far the body came; the bytes of it."""
+        if self.head is None or self.head.status not in (200, 206):
+            return 0
+        self.fill.have = self._base + exchange.have
+        return exchange.have
+
+
+class DirectStore(Store):
+    """`library` answers what is odd, `others` (which may be the same) does all but reading."""
+
+    def __init__(
+        self,
+        library: S3Store,
+        others: Store,
+        options: Options,
+        threads: int = THREADS,
+        look_up: LookUp | None = None,
+    ) -> None:
+        self.name = library.name
+        self._library = library
+        self._others = others
+        self._most = options.max_connections
+        self._look_up = look_up
+        self._connect_s = options.connect_timeout_ms / 1000
+        self._receiver = Receiver(threads, self._connect_s, options.read_timeout_ms / 1000)
+        self._endpoint: _Endpoint | None = None
+        self._said: set[str] = set()  # reasons for handing over that are in the log
+        self._closed = False
+
+    @property
+    def counters(self) -> StoreCounters:
+        return self._library.counters
+
+    @counters.setter
+    def counters(self, counters: StoreCounters) -> None:
+        self._library.counters = counters
+
+    async def open(self) -> None:
+        await self._others.open()
+        await self._ready()
+
+    def pace(self) -> Pace | None:
+        by_others = self._endpoint is not None and self._endpoint.why_not
+        return (self._others if by_others else self._library).pace()
+
+    async def head(self, key: str) -> int:
+        return await self._others.head(key)
+
+    async def write(self, key: str, body: memoryview) -> bool:
+        return await self._others.write(key, body)
+
+    async def delete(self, key: str) -> None:
+        await self._others.delete(key)
+
+    def list(self, prefix: str) -> AsyncIterator[tuple[str, int]]:
+        return self._others.list(prefix)
+
+    async def check(self) -> None:
+        await self._others.check()
+
+    async def close(self) -> None:
+        self._closed = True
+        if self._endpoint is not None:
+            self._endpoint.connections.close()
+        await self._receiver.close()
+        await self._others.close()
+        await self._library.close()
+
+    async def read(
+        self,
+        key: str,
+        into: memoryview,
+        *,
+        start: int | None = None,
+        marks: Sequence[int] = (),
+        landed: Callable[[int], None] | None = None,
+    ) -> None:
+        check_key(key)
+        endpoint = await self._ready()
+        if endpoint.why_not:
+            self._say(endpoint.why_not, logging.INFO)
+        if endpoint.why_not or (start is not None and not len(into)):  # HTTP has no empty range
+            await self._others.read(key, into, start=start, marks=marks, landed=landed)
+            return
+        read = _Read(key, Fill(into, start, landed), marks)
+        async with self._library.gate.slot(bulk=True):
+            await self._library.attempts.run(
+                len(into), lambda until: self._attempt(endpoint, read, until)
+            )
+
+    async def _ready(self) -> "_Endpoint":
+        if self._closed:
+            raise self._is_closed()
+        if self._endpoint is None:
+            address = await self._library.address()
+            if self._endpoint is None:
+                where = address.host, address.port
+                connections = Connections(*where, self._most, self._connect_s, self._look_up)
+                self._endpoint = _Endpoint(address, connections)
+        return self._endpoint
+
+    def _is_closed(self) -> Unavailable:
+        return Unavailable(f"{self.name} is closed.")
+
+    def _say(self, why: str, level: int) -> None:
+        if why not in self._said:
+            self._said.add(why)
+            _LOG.log(
+                level,
+                "%s %s: such reads do not go straight into memory, but by a slower path",
+                self._library.place.endpoint,
+                why,
+            )
+
+    # -- one attempt -----------------------------------------------------------------------------
+
+    async def _attempt(self, endpoint: "_Endpoint", read: _Read, until: float) -> None:
+        if not read.handed_over:
+            odd = await self._get(endpoint, read, until)
+            if not odd:
+                return
+            read.handed_over = True
+            self.counters.handed_over += 1
+            self._say(odd, logging.WARNING)
+        await self._library.receive(read.key, read.fill, until)
+
+    async def _get(self, endpoint: "_Endpoint", read: _Read, until: float) -> str:
+        """One GET of what is missing. What is odd about the answer, "" if it was received well."""
+        credentials = await self._library.credentials()
+        if self._closed:
+            raise self._is_closed()
+        request = endpoint.get(read.key, read.fill, credentials)
+        read.begin()
+        began = time.monotonic()
+        self.counters.get_requests += 1
+        try:
+            exchange = await self._exchange(endpoint.connections, request, read, until)
+        except Unresolved:
+            raise Failed(unreachable(read.what, self._library.place.endpoint)) from None
+        took_s, first_byte_s = time.monotonic() - began, read.first_byte_at - began
+        odd = self._judge(read, exchange)
+        if not odd:
+            self._library.gate.arrived(exchange.have, took_s, first_byte_s)
+        return odd
+
+    async def _exchange(
+        self, connections: Connections, request: bytes, read: _Read, until: float
+    ) -> Exchange:
+        """Send it by a kept connection or by a new one, to wherever one can be had."""
+        loop = asyncio.get_running_loop()
+        failed: list[Peer] = []
+        kept = connections.take()
+        peer, sock = kept or (await connections.choose(), None)
+        while True:
+            exchange = Exchange(request, peer, read.accept, sock)
+            try:
+                await self._receiver.run(exchange, until - loop.time())
+            finally:
+                connections.give_back(peer, exchange.sock)
+                self.counters.read_bytes += read.received(exchange)
+            if kept is None:
+                connections.reached(peer, exchange.end is not End.UNREACHABLE)
+            if kept is not None and exchange.end is End.BROKE and not exchange.answered:
+                kept = None  # it was closed before the request came
+            elif exchange.end is End.UNREACHABLE and len(failed) < _OTHER_PEERS:
+                failed.append(peer)
+            else:
+                return exchange
+            try:
+                peer, sock = await connections.choose(failed), None
+            except Unresolved:
+                return exchange
+
+    def _judge(self, read: _Read, exchange: Exchange) -> str:
+        """ "" if the body is there, or what is odd. Raises what the library path would raise."""
+        end, head, what, place = exchange.end, read.head, read.what, self._library.place
+        if end is End.RAISED and exchange.error is not None:
+            raise exchange.error
+        if end is End.DROPPED:
+            raise self._is_closed()
+        if end is End.NOT_HTTP:
+            return "does not answer as HTTP/1.1 does"
+        if end is End.UNREACHABLE:
+            raise Failed(unreachable(what, place.endpoint))
+        if end is End.LATE:
+            raise Failed(Verdict(Unavailable(f"{what}: {place.endpoint} is too slow.")))
+        if head is not None and head.status not in (200, 206) and not read.odd:
+            code = _CODE.search(read.said)
+            told = code[1].decode() if code is not None else ""
+            raise Failed(judge_answer(head.status, told, head.retry_after, what, place))
+        if end is End.SILENT:
+            raise Failed(judge(TimeoutError(), what, place))
+        if end is End.BROKE and head is None:
+            raise Failed(judge(ConnectionResetError(), what, place))
+        if end is End.BROKE:
+            fill = read.fill
+            error = f"{what}: the body ended after {fill.have} of {len(fill.into)} bytes."
+            raise Failed(Verdict(Unavailable(error), retry=True))
+        if read.corrupt is not None:
+            raise Corrupt(f"{what}: {read.corrupt.message}")
+        return read.odd
+
+
+class _Endpoint:
+    """Where requests go and how they are written; `why_not` says why they cannot go from here."""
+
+    def __init__(self, address: Address, connections: Connections) -> None:
+        host = host_header(address.host, address.port)
+        self.connections = connections
+        self.why_not = _why_not(address)
+        self._path = address.path
+        self._signer = Signer(host, address.region)
+        self._fixed = f"Host: {host}\r\nUser-Agent: objectcache/{__version__}\r\n"
+
+    def get(self, key: str, fill: Fill, credentials: Credentials | None) -> bytes:
+        """The GET of what `fill` lacks. It holds a signature and a token: not to be logged."""
+        path = self._path + quoted(key)
+        lines = f"GET {path} HTTP/1.1\r\n{self._fixed}"
+        if (bytes_range := fill.range_header()) is not None:
+            lines += f"Range: {bytes_range}\r\n"
+        if (etag := fill.if_match_header()) is not None:
+            lines += f"If-Match: {etag}\r\n"
+        if credentials is not None:
+            key_pair = credentials.access_key, credentials.secret_key
+            lines += self._signer.headers("GET", path, *key_pair, credentials.token, time.gmtime())
+        return f"{lines}\r\n".encode("latin-1")
+
+
+def _why_not(address: Address) -> str:
+    if address.scheme != "http":
+        return f"is {address.scheme}"
+    host = host_header(address.host, address.port)
+    if get_environ_proxies(f"http://{host}/").get("http"):  # as botocore decides it
+        return "is behind a proxy"
+    return ""
