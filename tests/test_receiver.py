@@ -133,7 +133,7 @@ def test_slices_of_a_layer_are_one_piece_each() -> None:
 # ---- order
 
 
-def test_the_stream_that_is_least_far_goes_first() -> None:
+def test_streams_that_all_have_something_go_in_step() -> None:
     order: list[tuple[str, int]] = []
     marks = [STEP * i for i in range(1, 5)]
     streams = {
@@ -141,10 +141,24 @@ def test_the_stream_that_is_least_far_goes_first() -> None:
         for name in "abc"
     }
 
+    held, release = threading.Event(), threading.Event()
+
+    def hold(n: int) -> None:
+        held.set()
+        assert release.wait(5)
+
     async def scenario(receiver: Receiver) -> None:
-        for stream in streams.values():  # all is there before anything is read
-            stream.send(0, 4 * STEP, head=True)
-        await asyncio.gather(*(receiver.run(s.exchange, 10) for s in streams.values()))
+        busy = Stream(1, [], hold)
+        with busy.closing():
+            busy.send(0, 1, head=True)
+            runs = [asyncio.ensure_future(receiver.run(busy.exchange, 10))]
+            await asyncio.to_thread(held.wait, 5)
+            for stream in streams.values():  # all is there before the thread looks at any
+                stream.send(0, 4 * STEP, head=True)
+                runs.append(asyncio.ensure_future(receiver.run(stream.exchange, 10)))
+            await asyncio.sleep(0)
+            release.set()
+            await asyncio.gather(*runs)
 
     run(scenario)
     for stream in streams.values():
