@@ -25,7 +25,8 @@ PATHS: dict[str, Callable[[Options], Store]] = {  # every data path to S3 passes
     "direct": lambda options: DirectStore(library := S3Store(options), library, options),
 }
 # Requests that a path may repeat by the library path, so that a rare answer gets its exact error.
-ASKED_TWICE = {"aiobotocore": 0, "obstore": 1, "direct": 1}
+ASKED_TWICE = {"aiobotocore": 0, "obstore": 1, "direct": 0}
+READ_TWICE = {"aiobotocore": 0, "obstore": 1, "direct": 1}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 
 

@@ -329,7 +329,8 @@ class Watched(Gate):
         self.said: list[tuple[int, float]] = []
         self.throttles = 0
 
-    def arrived(self, body_bytes: int, seconds: float) -> None:
+    def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
+        assert first_byte_s is not None and 0 < first_byte_s <= seconds
         self.said.append((body_bytes, seconds))
 
     def throttled(self) -> None:

@@ -377,17 +377,11 @@ def test_a_process_ends_without_a_word(stub: Stub, tmp_path: Path, path: str) ->
         import asyncio, sys
         from objectcache.config import parse
         from objectcache.errors import NotFound
-        from objectcache.stores.s3 import S3Store
-        from objectcache.stores.s3_obstore import ObstoreStore
-
-        PATHS = {
-            "aiobotocore": S3Store,
-            "obstore": lambda options: ObstoreStore(S3Store(options), options),
-        }
+        from objectcache.stores import open_store
 
         async def main():
-            options = parse({"url": "s3://some-bucket", "endpoint_url": sys.argv[1]})
-            store = PATHS[sys.argv[2]](options)
+            options = {"url": "s3://some-bucket", "transport": sys.argv[2]}
+            store = open_store(parse({**options, "endpoint_url": sys.argv[1]}))
             await store.check()
             try:
                 await store.read("there", memoryview(bytearray(1)))

@@ -76,12 +76,12 @@ def _server(kind: str, root: Path) -> Server:
     return radosgw(root, "contract")
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(filter(None, kind)))
+@pytest.fixture(scope="module", params=KINDS)
 def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
-    kind, path = request.param
-    root = tmp_path_factory.mktemp(kind)
+    kind = request.param
+    root = tmp_path_factory.mktemp(kind.split()[0])
     if kind == "memory":
         yield Place(kind, "memory://contract")
     elif kind == "file":
