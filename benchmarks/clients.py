@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 SILENCE_S = 60.0  # the one timeout: a large read in a crowd of 256 may take long on two cores
@@ -159,7 +160,8 @@ class LoopClient(Client):
 
 
 class ObjectCache(LoopClient):
-    """Our store, driven as the streamer does: all reads at once, the store holds its own limit."""
+    """Our store, driven as the streamer does: chunks are cut as a plan says, and all reads begin at once;
+    the store has its own limit of those in flight, which it adapts."""
 
     transport = ""
 
@@ -201,6 +203,7 @@ class ObjectCache(LoopClient):
 
     async def _fill(self, reads: Sequence[Read], in_flight: int) -> None:
         store = self._store(in_flight)
+        reads = list(_cut(reads, store.pace())) if reads[0].marks else reads
         await asyncio.gather(
             *(
                 store.read(
@@ -225,6 +228,51 @@ class ObjectCache(LoopClient):
     async def disconnect(self) -> None:
         for store in self._stores.values():
             await store.close()
+
+
+def _cut(chunks: Sequence[Read], pace: Any) -> Iterator[Read]:
+    """Whole chunks as the parts that a plan has them read in, in its order."""
+    from objectcache.format import ObjectLayout
+    from objectcache.plan import Limits, plan
+
+    ends = chunks[0].marks
+    layout = ObjectLayout(bytes(32), 1, 1, 0, 1, tuple(b - a for a, b in pairwise(ends)))
+    assert layout.header_bytes == ends[0], "the plan is for another layout"
+    joined = [_Joined(chunk) for chunk in chunks]
+    limits = Limits(pace.connections, part_bytes=pace.part_bytes)
+    for number, first, last in plan(len(chunks), layout, pace.model, limits).fetches():
+        span = layout.span(first, last)
+        into, start = (
+            chunks[number].into[span],
+            None if last - first == len(ends) - 1 else span.start,
+        )
+        marks = tuple(end - span.start for end in ends if span.start < end <= span.stop)
+        landed = joined[number].part(span.start)
+        yield Read(chunks[number].key, start, into, marks, landed)
+
+
+class _Joined:
+    """Tells of a chunk that is read in parts how far it is there from its beginning."""
+
+    def __init__(self, chunk: Read) -> None:
+        self._chunk = chunk
+        self._have: dict[int, int] = {}  # by the first byte of a part: up to where it is there
+        self._lock = threading.Lock()
+
+    def part(self, start: int) -> Callable[[int], None]:
+        self._have[start] = start
+
+        def landed(n: int) -> None:
+            with self._lock:
+                self._have[start] = start + n
+                there = 0
+                while self._have.get(there, 0) > there:
+                    there = self._have[there]
+                # What is there of the part that is not whole yet counts as well.
+                if self._chunk.landed is not None:
+                    self._chunk.landed(there)
+
+        return landed
 
 
 def _connections(reads: int) -> int:

@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks.chunks import Chunks
 from benchmarks.clients import Absent, Client, Endpoint, Read, system
-from objectcache.format import Verifier
+from objectcache.format import Part, Verifier
 
 # SeaweedFS reads all of a stored piece for any range of it, so that 1 MiB of a chunk costs it 32.
 # There the parts are objects of their own.
@@ -222,9 +222,11 @@ class Reader:
 
     def _arrivals(self, number: int, verified: bool) -> "_Arrivals":
         into = self._slot(number)
-        verifier = None
+        verifier: Part | None = None
         if verified:
-            verifier = Verifier(self._chunks.layout, self._chunks.chunk_hash(number), into)
+            layout = self._chunks.layout
+            whole = Verifier(layout, self._chunks.chunk_hash(number), into)
+            verifier = whole.part(0, len(layout.slice_bytes))
         return _Arrivals(into, self._chunks.marks, verifier)
 
     def _clear(self, reads: list[Read]) -> None:
@@ -242,7 +244,7 @@ class Reader:
 class _Arrivals:
     """When the header and each slice of one chunk were there (and right, with a verifier)."""
 
-    def __init__(self, into: memoryview, marks: tuple[int, ...], verifier: Verifier | None) -> None:
+    def __init__(self, into: memoryview, marks: tuple[int, ...], verifier: Part | None) -> None:
         self.into, self.first = into, float("inf")
         self.times = [float("nan")] * len(marks)
         self._marks, self._verifier, self._next = marks, verifier, 0

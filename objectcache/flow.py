@@ -4,11 +4,11 @@ Pure: events and `now` (seconds, any monotonic clock) in, numbers out. It climbs
 some bodies that were received while the limit was in full use; its goodput is that of the round.
 A trial is a round with another limit:
 
-    twice as many, until that no longer pays     (at the start, and after a trial up that paid)
-    a quarter more, until that no longer pays    (after a doubling that did not pay)
+    twice as many, until that does harm          (at the start, and after a trial up that did none)
+    a quarter more, until that does harm         (after a doubling that did harm)
     then rest; now and then a quarter more, or a fifth less, in turn
 
-A trial that does not pay goes back. On 503 the number is cut at once, after some seconds it rises by
+A trial that does harm goes back. On 503 the number is cut at once, after some seconds it rises by
 small steps to less than was refused, and what is above that is tried again after a longer quiet.
 """
 
@@ -16,11 +16,12 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-START = 16  # many engines may start at once; four doublings from what a large store rewards
+START = 32  # many engines may start at once; three doublings from what a large store rewards
 ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
-PAYS = 1 / 3  # of the goodput that more connections would bring on an idle wire, to be worth it
+PAYS = 1 / 3  # of the goodput that more connections would bring on an idle wire: else the wire is full
+NO_WORSE, NO_LATER = 0.95, 1.5  # goodput and first bytes at which more connections do no harm
 AS_GOOD = 0.9  # goodput that fewer connections must keep
 SOONER = 0.9  # and by how much sooner their first bytes must come: else fewer are no gain
 # Times the goodput of before, under the same limit: look at once if more will do. Less than MORE,
@@ -284,7 +285,13 @@ class Flow:
         assert self._trial is not None
         if self._trial > self._base:
             more = self._trial / self._base - 1
-            return seen.bytes_per_s >= known.bytes_per_s * (1 + PAYS * more)
+            if seen.bytes_per_s >= known.bytes_per_s * (1 + PAYS * more):
+                return True
+            self._meet_wire(known)
+            # On a full wire more connections bring nothing sooner, but they keep more chunks in step
+            # and need fewer requests: they are wanted as long as they do no harm.
+            later = (seen.first_byte_s or 0.0) > NO_LATER * (known.first_byte_s or math.inf)
+            return seen.bytes_per_s >= NO_WORSE * known.bytes_per_s and not later
         if seen.first_byte_s is None or known.first_byte_s is None:
             return False
         return (
@@ -295,13 +302,16 @@ class Flow:
     def _refuse(self, now: float) -> None:
         """Back to what is known to be good."""
         if self._step > 1 and self._known is not None:
-            self._wire_met = True
-            self._wire_best = max(self._known.bytes_per_s, self._wire_best)
+            self._meet_wire(self._known)
         if self._step == TWICE:
             self._step, self._fine, self._rest = MORE, True, 0
         else:
             self._turn()
         self._go(now, self._next(now) if self._rest == 0 else None)
+
+    def _meet_wire(self, known: _Seen) -> None:
+        self._wire_met = True
+        self._wire_best = max(known.bytes_per_s, self._wire_best)
 
     def _turn(self) -> None:
         """Rest, then look the other way."""
