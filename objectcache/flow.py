@@ -20,8 +20,11 @@ START = 32  # many engines may start at once; three doublings from what a large 
 ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
-PAYS = 1 / 3  # of the goodput that more connections would bring on an idle wire: else the wire is full
-NO_WORSE, NO_LATER = 0.95, 1.5  # goodput and first bytes at which more connections do no harm
+PAYS = (
+    1 / 3
+)  # of the goodput that more connections would bring on an idle wire: else the wire is full
+NO_WORSE = 0.95  # of the goodput, at which more connections do no harm,
+NO_LATER = 1 / 2  # if first bytes come later by less than this share of the growth: no line there
 AS_GOOD = 0.9  # goodput that fewer connections must keep
 SOONER = 0.9  # and by how much sooner their first bytes must come: else fewer are no gain
 # Times the goodput of before, under the same limit: look at once if more will do. Less than MORE,
@@ -290,7 +293,8 @@ class Flow:
             self._meet_wire(known)
             # On a full wire more connections bring nothing sooner, but they keep more chunks in step
             # and need fewer requests: they are wanted as long as they do no harm.
-            later = (seen.first_byte_s or 0.0) > NO_LATER * (known.first_byte_s or math.inf)
+            latest_s = (known.first_byte_s or math.inf) * (1 + NO_LATER * more)
+            later = seen.first_byte_s is not None and seen.first_byte_s > latest_s
             return seen.bytes_per_s >= NO_WORSE * known.bytes_per_s and not later
         if seen.first_byte_s is None or known.first_byte_s is None:
             return False
@@ -329,4 +333,6 @@ class Flow:
         late_bytes, late_s = (kept * (1 - 1 / 32) for kept in self._telling)
         self._telling = (late_bytes + body_bytes, late_s + flowing_s)
         rate = self._telling[0] / self._telling[1]
-        self._connection_best = max(rate, self._connection_best * (1 - FADE_BODIES))
+        # On a full wire a connection gets less than it could.
+        fade = 0.0 if self._wire_met else FADE_BODIES
+        self._connection_best = max(rate, self._connection_best * (1 - fade))

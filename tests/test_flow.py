@@ -69,7 +69,8 @@ def best_fixed(body_bytes: int, seconds: float, **store: Any) -> float:
     ids=str,
 )
 def test_within_twenty_rounds_it_is_near_the_best(store: dict[str, Any], body_bytes: int) -> None:
-    seconds = body_bytes / MIB * (1.0 if store.get("servers") != 1 else 12)
+    slow = store.get("servers") == 1 or store.get("wire_bytes_per_s") == 8 * RATE
+    seconds = body_bytes / MIB * (12.0 if slow else 1.0)
     flow = Flow(MOST)
     reader = client(flow, body_bytes, **store)
     reader.read(math.inf)
@@ -91,7 +92,7 @@ def test_a_store_that_refuses_is_refused_little_more(requests_per_s: int, body_b
     reader.line.run(80.0)
     best = best_fixed(body_bytes, 40.0, **store)
     assert reader.goodput(20.0) > 0.75 * best
-    assert refused < max(60, 2 * requests_per_s)  # until it knew the store
+    assert refused < max(4 * START, 2.5 * requests_per_s)  # until it knew the store
     assert reader.store.refused - refused < 0.05 * (reader.asked - asked)
 
 
@@ -100,7 +101,6 @@ def test_it_follows_a_store_that_changes() -> None:
     reader = client(flow, wire_bytes_per_s=12 * RATE)
     reader.read(math.inf)
     reader.line.run(30.0)
-    assert flow.limit(30.0) <= 2 * START
     reader.store.wire.change(RATE, 150 * RATE)
     rounds = reader.rounds
     reader.line.run(150.0)
@@ -135,7 +135,7 @@ def test_it_starts_small_and_doubles() -> None:
     for tick in range(60):
         reader.line.run(tick / 10)
         seen.add(reader.flow.limit(reader.line.now))
-    assert sorted(seen)[:5] == [START, 2 * START, 4 * START, 8 * START, MOST]
+    assert sorted(seen)[:4] == [START, 2 * START, 4 * START, MOST]
 
 
 def test_bursts_teach_and_pauses_do_not() -> None:
@@ -217,25 +217,17 @@ def wired(flow: Flow, now: float, wire_bytes_per_s: float) -> float:
     return steady(flow, now, now + 1e-9, rate=min(RATE, wire_bytes_per_s / flow.limit(now)))
 
 
-def test_a_wire_that_widens_is_seen_soon_and_one_that_does_not_is_left_in_peace() -> None:
+def test_on_a_full_wire_more_is_kept_if_it_does_no_harm_and_then_left_in_peace() -> None:
     flow, now = Flow(MOST), 0.0
-    for batch in range(200):
+    limits = []
+    for _ in range(300):
         now = wired(flow, now, START * RATE)
-        # No first byte comes sooner with fewer: they are not kept.
-        assert batch < 3 or 0.75 * START <= flow.limit(now) <= 1.3 * START
-    batches = 0
-    while flow.limit(now) < 100:
-        now = wired(flow, now, 1.5 * 100 * RATE)
-        batches += 1
-    assert batches < 60
-    for _ in range(200):
-        now = wired(flow, now, 64 * RATE)
-    low = flow.limit(now)
-    batches = 0
-    while flow.limit(now) <= low:
-        now = wired(flow, now, 1000 * RATE)
-        batches += 1
-    assert batches <= 4, "the gain under the same number is a sign"
+        limits.append(flow.limit(now))
+    assert MOST in limits[:20]
+    # No first byte comes sooner with fewer: trials of that are rare, and not kept.
+    settled = limits[20:]
+    assert min(settled) >= 0.75 * MOST and settled.count(MOST) > 0.9 * len(settled)
+    assert flow.model().wire_bytes_per_s < 1.3 * START * RATE
 
 
 def test_after_a_cut_it_has_its_quiet_then_mends_by_small_steps() -> None:
