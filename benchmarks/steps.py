@@ -222,7 +222,8 @@ class Source:
     def _read(self, slot: int) -> Read:
         chunks, size = self._chunks, self._chunks.object_bytes
         into = self._memory[slot * size : (slot + 1) * size]
-        verifier = Verifier(chunks.layout, chunks.chunk_hash(slot), into)
+        whole = Verifier(chunks.layout, chunks.chunk_hash(slot), into)
+        verifier = whole.part(0, len(chunks.layout.slice_bytes))
         told = 0
 
         def landed(n: int) -> None:
