@@ -16,7 +16,9 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-START = 32  # many engines may start at once; three doublings from what a large store rewards
+START = (
+    64  # many engines may start at once; less than two doublings from what a large store rewards
+)
 ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial

@@ -13,7 +13,7 @@ from objectcache.format import ObjectLayout
 from objectcache.plan import Limits, Plan, Prices, modelled, plan
 
 MIB = 1 << 20
-FREE = Prices(0.0)
+FREE = Prices(0.0, request_s=0.0)
 S3 = StoreModel(wire_bytes_per_s=10e9)
 NEAR = StoreModel(0.001, 0.005, 80e6, 10e9, 1e9)  # a server in the next rack
 
@@ -137,10 +137,17 @@ def test_many_chunks_come_in_groups_where_requests_are_cheap() -> None:
 
 
 def test_who_waits_for_all_bytes_anyway_does_not_pay_for_their_order() -> None:
-    eager = plan(1000, CHUNK, S3, Limits(224))
-    patient = plan(1000, CHUNK, S3, Limits(224), layer_s=0.0)
+    bill = Prices(request_s=0.0)
+    eager = plan(1000, CHUNK, S3, Limits(224), bill)
+    patient = plan(1000, CHUNK, S3, Limits(224), bill, layer_s=0.0)
     assert patient.requests < eager.requests
     assert patient.times.done_s < eager.times.done_s
+
+
+def test_a_request_costs_the_client_time_too() -> None:
+    """On a store that is near and fast, requests are all that many small groups would add."""
+    free, real = (plan(256, CHUNK, NEAR, Limits(224), price) for price in (FREE, Prices(0.0)))
+    assert real.requests <= free.requests / 2
 
 
 @pytest.mark.parametrize("chunks", [1, 14, 60, 500, 2000])

@@ -306,7 +306,7 @@ def test_a_layer_is_ready_when_all_chunks_have_it(rig: Rig) -> None:
 
 def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
     """Few chunks and many slow connections: parts in layer order across the chunks."""
-    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e5, 1e9), 64)
+    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e4, 1e9), 64)
     rig.fill(1, 2)
     rig.stage(1, 1, 2)
     check_brought(rig, rig.result(), 1, 2)
@@ -316,7 +316,7 @@ def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
 
 
 def test_a_part_that_fails_ends_the_other_parts_of_its_chunk(rig: Rig) -> None:
-    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e5, 1e9), 64)
+    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e4, 1e9), 64)
     rig.fill(1, 2)
     rig.store.script("read", key(2), flip=LAYOUT.offsets[2], lingers_s=0.02)
     rig.stage(1, 1, 2)
