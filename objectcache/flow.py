@@ -16,15 +16,13 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-START = (
-    64  # many engines may start at once; less than two doublings from what a large store rewards
-)
+# Many engines may start at once; three doublings from what a large store rewards.
+START = 32
 ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
-PAYS = (
-    1 / 3
-)  # of the goodput that more connections would bring on an idle wire: else the wire is full
+# Of the goodput that more connections would bring on an idle wire: else the wire is full.
+PAYS = 1 / 3
 NO_WORSE = 0.95  # of the goodput, at which more connections do no harm,
 NO_LATER = 1 / 2  # if first bytes come later by less than this share of the growth: no line there
 AS_GOOD = 0.9  # goodput that fewer connections must keep
