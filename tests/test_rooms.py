@@ -49,11 +49,14 @@ MAP: dict[str, str] = {
     "pages": "torch vllm-late",
     # work on a loop
     "lookup": "asyncio threads",
+    "reading": "asyncio",
+    "through": "asyncio",
     "streamer": "asyncio",
     "saver": "asyncio clock",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
+    "parked": "threads torch vllm",
     "scheduler": "asyncio clock vllm",
     "worker": "threads torch vllm",
     "connector": "torch vllm chance",
@@ -86,8 +89,9 @@ BROAD = {
     ("stores.s3", "_ready"): "judge() raises what is no failure of a store",
     ("stores.s3", "credentials"): "judge() raises what is no failure of a store",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
-    ("streamer", "_bring"): "the slot is held until its reads have ended",
-    ("streamer", "_outcomes"): "reads may still write to slots",
+    ("through", "_run"): "the stream ends all the same and gives its slots back",
+    ("reading", "_bring"): "the slot is held until its reads have ended",
+    ("reading", "_outcomes"): "reads may still write to slots",
     ("stores.local", "_outlast"): "a thread may still write to the caller's memory",
 }
 FILE_LINES, FUNCTION_LINES = 500, 70

@@ -270,18 +270,18 @@ def test_two_ranks_each_keep_their_part(engine: Engines, tmp_path: Path) -> None
     assert second.generate(p) == want and second.cached == {"r1": 256}
     second.settle()
     # One rank's part of the third chunk is lost: both ranks load two chunks.
-    third = _prefix_order(tmp_path, second)[2]
+    third = _prefix_order(p)[2]
     next(o for o in objects(tmp_path) if third in o.name and ".r1of2" in o.name).unlink()
     third_engine = engine(ranks=2)
     assert third_engine.generate(p) == want
     assert third_engine.cached == {"r1": 128}
 
 
-def _prefix_order(tmp_path: Path, engine: ToyEngine) -> list[str]:
-    """Hex names of the chunks of the engine's last request, in prefix order."""
+def _prefix_order(tokens: list[int]) -> list[str]:
+    """Hex names of the chunks of a prompt, in prefix order."""
     from objectcache.keys import chunk_hashes, root_hash
 
-    return [h.hex() for h in chunk_hashes(prompt(300), CHUNK, root_hash())]
+    return [h.hex() for h in chunk_hashes(tokens, CHUNK, root_hash())]
 
 
 def _break(kind: str, path: Path, objs: list[Path]) -> None:
@@ -327,7 +327,7 @@ def test_a_broken_object_ends_the_hit_and_is_healed(
     p = prompt(300)
     want = warm_and_want(engine, p)
     good = {o: o.read_bytes() for o in objects(tmp_path)}
-    name = _prefix_order(tmp_path, engine(off=True))[which]
+    name = _prefix_order(p)[which]
     path = next(o for o in good if name in o.name)
     _break(kind, path, list(good))
     second = engine()
@@ -366,16 +366,147 @@ def test_roles(engine: Engines, tmp_path: Path) -> None:
     assert late.cached == {"r1": 192}
 
 
-def test_a_prefix_larger_than_the_ring_is_loaded_in_part(engine: Engines) -> None:
-    p = prompt(3500)
-    want = warm_and_want(engine, p)
-    again = engine()
-    again.generate(p)  # what did not fit on the first way out is saved now
+def long_ago(engine: Engines, *prompts: list[int], **more: Any) -> list[list[int]]:
+    """As warm_and_want, also of prompts that are too long to be saved in one go."""
+    want = warm_and_want(engine, *prompts, **more)
+    again = engine(**more)
+    again.generate(*prompts)  # what found no slot on the first way out is saved now
     again.settle()
-    # 1 MiB holds 64 objects of 16 KiB, 48 of them on their way in.
-    small = engine()
-    assert small.generate(p) == want
+    return want
+
+
+# 1 MiB holds 64 objects of 16 KiB, 48 of them on their way in, 6 of those for streams.
+LONG = prompt(3500)
+LONG_CHUNKS = 3500 // CHUNK
+
+
+def test_a_prefix_larger_than_the_ring_is_loaded_in_part_if_vllm_would_fail_the_request(
+    engine: Engines,
+) -> None:
+    want = long_ago(engine, LONG)
+    small = engine(failure_policy="fail")
+    assert small.generate(LONG) == want
     assert small.cached == {"r1": 48 * CHUNK}
+
+
+def test_a_prefix_larger_than_the_ring_streams_through_it(engine: Engines) -> None:
+    want = long_ago(engine, LONG)
+    small = engine()
+    assert small.generate(LONG) == want
+    assert small.cached == {"r1": LONG_CHUNKS * CHUNK}
+    assert small.stats["hit_tokens"] == LONG_CHUNKS * CHUNK
+    assert small.stats["staged_chunks"] == small.stats["get_requests"] == LONG_CHUNKS
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("local", [0, BLOCK, CHUNK + BLOCK, 2 * CHUNK])
+def test_a_stream_goes_on_where_the_local_prefix_ends(
+    engine: Engines, local: int, ranks: int
+) -> None:
+    p = LONG[: (46 + local // CHUNK) * CHUNK + BLOCK + 1]  # ends inside of a chunk
+    want = long_ago(engine, p, ranks=ranks)
+    second = engine(kv_role="kv_consumer", ranks=ranks)
+    second.generate([*p[:local], 7], max_tokens=1)  # whole blocks of it stay in vLLM's own cache
+    assert second.generate(p) == want
+    assert second.cached["r2"] == (46 + local // CHUNK) * CHUNK
+    assert second.stats["hit_tokens"] == second.cached["r2"] - local
+
+
+@pytest.mark.parametrize("kind", ["missing", "flipped in the last layer", "truncated"])
+@pytest.mark.parametrize("which", [0, 1, 30, LONG_CHUNKS - 1])
+def test_a_broken_object_ends_the_stream_and_is_healed(
+    engine: Engines, tmp_path: Path, kind: str, which: int
+) -> None:
+    want = long_ago(engine, LONG)
+    good = {o: o.read_bytes() for o in objects(tmp_path)}
+    name = _prefix_order(LONG)[which]
+    path = next(o for o in good if name in o.name)
+    _break(kind, path, list(good))
+    second = engine()
+    assert second.generate(LONG) == want
+    assert second.cached["r1"] == which * CHUNK
+    assert second.stats.get("hit_tokens", 0) == which * CHUNK
+    second.settle()
+    assert {o: o.read_bytes() for o in objects(tmp_path)} == good
+    third = engine()
+    assert third.generate(LONG) == want and third.cached["r1"] == LONG_CHUNKS * CHUNK
+
+
+def test_ranks_that_come_to_different_ends(engine: Engines, tmp_path: Path) -> None:
+    want = long_ago(engine, LONG, ranks=2)
+    names = _prefix_order(LONG)
+    for which, rank in ((20, 0), (10, 1), (30, 1)):
+        next(o for o in objects(tmp_path) if f"{names[which]}.r{rank}of2" in o.name).unlink()
+    second = engine(ranks=2)
+    assert second.generate(LONG) == want
+    assert second.cached["r1"] == 10 * CHUNK and second.stats["hit_tokens"] == 10 * CHUNK
+
+
+def test_those_behind_wait_for_a_stream_and_find_its_blocks(engine: Engines) -> None:
+    prompts = [LONG, LONG[:3300] + prompt(20, seed=8), prompt(200, seed=9)]
+    want = long_ago(engine, *prompts, blocks=512)
+    second = engine(blocks=512)
+    assert second.generate(*prompts) == want
+    assert second.stats["get_requests"] == LONG_CHUNKS + 3
+    assert second.cached == {"r1": LONG_CHUNKS * CHUNK, "r2": 3300 // BLOCK * BLOCK, "r3": 192}
+
+
+@pytest.mark.parametrize("caching", [True, False])
+def test_streams_and_stages_share_a_ring(engine: Engines, caching: bool) -> None:
+    """Two slots for stages, one for streams, and blocks for not all requests at once."""
+    prompts = [prompt(560, seed=1), prompt(500, seed=2), prompt(140, seed=3), prompt(140, seed=4)]
+    big = {"chunk_tokens": 256, "ring_bytes": 1 << 18}
+    prompts = [prompt(7 * CHUNK, seed=s) for s in (1, 2)] + [prompt(140, seed=s) for s in (3, 4, 5)]
+    want = long_ago(engine, *prompts)
+    small = engine({"ring_bytes": 4 * (12288 + 4096)}, blocks=80, prefix_caching=caching)
+    assert small.generate(*prompts) == want
+    hits = 2 * 6 * CHUNK + 2 * BLOCK * 3 + 3 * 2 * CHUNK
+    assert small.stats["hit_tokens"] == hits and "failed_reads" not in small.stats
+
+
+@pytest.mark.parametrize("steps", [*range(8), 12, 20, 40])
+def test_abort_at_any_moment_of_a_stream(engine: Engines, steps: int) -> None:
+    want = long_ago(engine, LONG)
+    second = engine()
+    doomed = second.add(LONG)
+    for _ in range(steps):
+        second.step()
+    if doomed in second.scheduler.requests:
+        second.abort(doomed)
+    second.run()
+    assert doomed not in second.scheduler.requests
+    assert second.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 255
+    assert second.generate(LONG) == want
+    assert second.cached["r2"] == LONG_CHUNKS * CHUNK or steps >= 20
+
+
+def test_a_preempted_request_streams_again(engine: Engines) -> None:
+    prompts = [prompt(50 * CHUNK, seed=s) for s in (1, 2)]
+    long_ago(engine, *prompts)
+    want = engine(off=True, blocks=512).generate(*prompts, max_tokens=300)
+    tight = engine({"save": False}, blocks=420)
+    names = [tight.add(p, max_tokens=300) for p in prompts]
+    tight.run()
+    assert [tight.outputs[n] for n in names] == want
+    assert tight.stats["hit_tokens"] > 2 * 49 * CHUNK
+
+
+@pytest.mark.parametrize("steps", [3, 5, 8, 12])
+def test_a_reset_while_a_prefix_streams(engine: Engines, steps: int) -> None:
+    """What was under way counts for nothing, and the request is computed."""
+    want = long_ago(engine, LONG)
+    one = engine()
+    name = one.add(LONG)
+    parked = 0
+    while parked < steps and one.step():
+        parked += (
+            name in one.scheduler.requests
+            and one.scheduler.requests[name].status.name == "WAITING_FOR_REMOTE_KVS"
+        )
+    one.connector.reset_cache()
+    one.run()
+    assert [one.outputs[name]] == want
+    assert one.cached == {"r1": 0} and "hit_tokens" not in one.stats
 
 
 def test_a_ring_for_one_object_is_refused(engine: Engines) -> None:

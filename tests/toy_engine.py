@@ -19,6 +19,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -62,6 +63,7 @@ class ToyEngine:
         policy: str = "fcfs",
         seed: int = 0,
         hooks_fire: bool = True,
+        failure_policy: str = "recompute",
     ) -> None:
         config = _config(
             model,
@@ -73,6 +75,7 @@ class ToyEngine:
             kv_role,
             prefix_caching,
             policy,
+            failure_policy,
         )
         cache = _kv_cache_config(blocks, block_tokens, layers)
         config.cache_config.num_gpu_blocks = blocks
@@ -96,6 +99,7 @@ class ToyEngine:
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(block_tokens, hash_fn)
+        self._aggregator = KVOutputAggregator(ranks)
         self._made = 0
         self.outputs: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}  # request -> tokens it did not have to compute at first
@@ -208,8 +212,19 @@ class ToyEngine:
             req_ids=names,
             req_id_to_index={name: at for at, name in enumerate(names)},
             sampled_token_ids=sampled,
-            kv_connector_output=_joined(reports, self.stats),
+            kv_connector_output=self._joined(reports),
         )
+
+    def _joined(self, reports: list[KVConnectorOutput | None]) -> KVConnectorOutput | None:
+        """What vLLM makes of several ranks' outputs; a request is parked until all ranks named it."""
+        if self.connector is None:
+            return None
+        outputs = [ModelRunnerOutput([], {}, kv_connector_output=report) for report in reports]
+        joined = self._aggregator.aggregate(outputs).kv_connector_output
+        if joined.kv_connector_stats is not None:
+            for name, count in joined.kv_connector_stats.data.items():
+                self.stats[name] = self.stats.get(name, 0) + count
+        return joined
 
 
 class _Worker:
@@ -252,7 +267,7 @@ class _Worker:
             return None
         connector = self.connector
         meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
-        for load in getattr(meta, "loads", []):
+        for load in [*getattr(meta, "loads", []), *getattr(meta, "streams", [])]:
             for page in self.pages:
                 page[load.block_ids] = POISON
         connector.handle_preemptions(meta)
@@ -272,6 +287,7 @@ class _Worker:
         result.finished_sending, result.finished_recving = connector.get_finished(
             output.finished_req_ids
         )
+        result.invalid_block_ids = connector.get_block_ids_with_load_errors()
         result.kv_connector_stats = connector.get_kv_connector_stats()
         result.kv_connector_worker_meta = pickle.loads(
             pickle.dumps(connector.build_connector_worker_meta())
@@ -327,25 +343,6 @@ class _Worker:
             self.connector.shutdown()
 
 
-def _joined(
-    reports: list[KVConnectorOutput | None], stats: dict[str, int]
-) -> KVConnectorOutput | None:
-    """What vLLM's aggregator makes of several ranks' outputs."""
-    real = [report for report in reports if report is not None]
-    if not real:
-        return None
-    metas = [r.kv_connector_worker_meta for r in real if r.kv_connector_worker_meta is not None]
-    joined = KVConnectorOutput()
-    for meta in metas:
-        old = joined.kv_connector_worker_meta
-        joined.kv_connector_worker_meta = meta if old is None else old.aggregate(meta)
-    for report in real:
-        if report.kv_connector_stats is not None:
-            for name, count in report.kv_connector_stats.data.items():
-                stats[name] = stats.get(name, 0) + count
-    return joined
-
-
 def _config(
     model: Path,
     extra: dict[str, Any] | None,
@@ -356,6 +353,7 @@ def _config(
     kv_role: str,
     prefix_caching: bool,
     policy: str,
+    failure_policy: str,
 ) -> VllmConfig:
     transfer = (
         None
@@ -364,7 +362,7 @@ def _config(
             "kv_connector": "ObjectCacheConnector",
             "kv_connector_module_path": "objectcache.connector",
             "kv_role": kv_role,
-            "kv_load_failure_policy": "recompute",
+            "kv_load_failure_policy": failure_policy,
             "kv_connector_extra_config": extra,
         }
     )
