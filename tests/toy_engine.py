@@ -103,7 +103,8 @@ class ToyEngine:
         self._made = 0
         self.outputs: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}  # request -> tokens it did not have to compute at first
-        self.stats: dict[str, int] = {}
+        self.stats: dict[str, int] = {}  # of the workers
+        self.totals: dict[str, int] = {}  # as on /metrics: of both halves
         self.steps = 0
 
     # ---- what a user does
@@ -148,8 +149,7 @@ class ToyEngine:
         output = self.scheduler.schedule()
         for new in output.scheduled_new_reqs:
             self.cached[new.req_id] = new.num_computed_tokens
-        reports = [worker.run(output) for worker in self.workers]
-        self.scheduler.update_from_output(output, self._sampled(output, reports))
+        self._execute(output)
         if not output.total_num_scheduled_tokens:
             time.sleep(0.0005)  # as the engine core does when nobody can run
         return True
@@ -181,9 +181,14 @@ class ToyEngine:
         self.idle_step()
 
     def idle_step(self) -> None:
-        output = self.scheduler.schedule()
+        self._execute(self.scheduler.schedule())
+
+    def _execute(self, output: Any) -> None:
         reports = [worker.run(output) for worker in self.workers]
-        self.scheduler.update_from_output(output, self._sampled(output, reports))
+        outputs = self.scheduler.update_from_output(output, self._sampled(output, reports))
+        for client in outputs.values():
+            if client.scheduler_stats is not None:
+                _add(self.totals, client.scheduler_stats.kv_connector_stats)
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -222,8 +227,7 @@ class ToyEngine:
         outputs = [ModelRunnerOutput([], {}, kv_connector_output=report) for report in reports]
         joined = self._aggregator.aggregate(outputs).kv_connector_output
         if joined.kv_connector_stats is not None:
-            for name, count in joined.kv_connector_stats.data.items():
-                self.stats[name] = self.stats.get(name, 0) + count
+            _add(self.stats, joined.kv_connector_stats.data)
         return joined
 
 
@@ -307,10 +311,9 @@ class _Worker:
         for layer, layer_name in enumerate(self.kv):
             page = self.pages[layer]
             for _, blocks, start, end, rows in batch:
-                for at in range(start, end):
-                    page[blocks[at // self.engine.block_tokens], at % self.engine.block_tokens] = (
-                        rows[layer][at]
-                    )
+                at = torch.arange(start, end)
+                where = torch.tensor(blocks)[at // self.engine.block_tokens]
+                page[where, at % self.engine.block_tokens] = rows[layer][start:end]
             wait_for_layer(layer_name)
             for name, blocks, _, end, rows in batch:
                 table = torch.tensor(blocks)
@@ -330,17 +333,21 @@ class _Worker:
                 )
             ).encode()
         )
-        rows = [bytearray() for _ in range(self.engine.layers)]
+        digests = bytearray()
         for token in list(request.all_token_ids)[:end]:
             state.update(token.to_bytes(4, "little"))
-            digest = state.digest()
-            for layer, row in enumerate(rows):
-                row += bytes(b ^ (layer + 1) for b in digest)
-        return [torch.frombuffer(row, dtype=torch.uint8).view(-1, ROW_BYTES) for row in rows]
+            digests += state.digest()
+        rows = torch.frombuffer(digests, dtype=torch.uint8).view(-1, ROW_BYTES)
+        return [rows ^ (layer + 1) for layer in range(self.engine.layers)]
 
     def stop(self) -> None:
         if self.connector is not None:
             self.connector.shutdown()
+
+
+def _add(counts: dict[str, int], more: dict[str, int] | None) -> None:
+    for name, count in (more or {}).items():
+        counts[name] = counts.get(name, 0) + count
 
 
 def _config(
