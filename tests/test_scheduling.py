@@ -433,6 +433,25 @@ def test_a_broken_object_ends_the_stream_and_is_healed(
     assert third.generate(LONG) == want and third.cached["r1"] == LONG_CHUNKS * CHUNK
 
 
+@pytest.mark.parametrize("which", [0, 1, 3])
+def test_an_object_that_vanishes_after_its_lookup_ends_the_stream(
+    engine: Engines, tmp_path: Path, which: int
+) -> None:
+    """The engine knows it, so it does not ask; a ring of 4 slots does not hold it any more."""
+    p = prompt(7 * CHUNK + 1)
+    want = long_ago(engine, p, layers=60)
+    one = engine(layers=60)
+    assert one.generate(p) == want and one.cached["r1"] == 7 * CHUNK
+    one.forget()
+    next(o for o in objects(tmp_path) if _prefix_order(p)[which] in o.name).unlink()
+    assert one.generate(p) == want
+    assert one.cached["r2"] == which * CHUNK
+    assert one.totals["hit_tokens"] == (7 + which) * CHUNK and one.totals["missing_chunks"] == 1
+    one.settle()
+    one.forget()
+    assert one.generate(p) == want and one.cached["r3"] == 7 * CHUNK, "saved anew"
+
+
 def test_ranks_that_come_to_different_ends(engine: Engines, tmp_path: Path) -> None:
     want = long_ago(engine, LONG, ranks=2)
     names = _prefix_order(LONG)
@@ -548,6 +567,7 @@ def test_random_life(model: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         st.tuples(st.just("break"), st.sampled_from(BROKEN), st.integers(0, 20)),
         st.tuples(st.just("forget")),
         st.tuples(st.just("restart")),
+        st.tuples(st.just("reset")),
     )
 
     @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -555,13 +575,14 @@ def test_random_life(model: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         st.lists(action, min_size=5, max_size=30),
         st.sampled_from([40, 200]),
         st.sampled_from([48, 4096]),
+        st.sampled_from([3, 60]),  # with 60 layers a ring holds 4 chunks: most prefixes stream
     )
-    def live(actions: list[tuple[Any, ...]], blocks: int, budget: int) -> None:
+    def live(actions: list[tuple[Any, ...]], blocks: int, budget: int, layers: int) -> None:
         folder = tmp_path_factory.mktemp("life")
         extra = {"url": f"file://{folder}/store", "chunk_tokens": CHUNK, "ring_bytes": 1 << 20}
 
         def start() -> ToyEngine:
-            return ToyEngine(model, extra, blocks=blocks, max_batched_tokens=budget)
+            return ToyEngine(model, extra, blocks=blocks, max_batched_tokens=budget, layers=layers)
 
         one, asked = start(), {}
 
@@ -591,6 +612,8 @@ def test_random_life(model: Path, tmp_path_factory: pytest.TempPathFactory) -> N
                 there = objects(folder)
                 if there:
                     _break(args[0], there[args[1] % len(there)], there)
+            elif kind == "reset":
+                one.connector.reset_cache()
             elif kind == "forget" and not one.scheduler.has_requests():
                 one.forget()
             elif kind == "restart":
