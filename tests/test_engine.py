@@ -353,7 +353,7 @@ def test_abort_during_a_load(
 def test_a_prefix_larger_than_the_ring(model: Path, baseline: Report, tmp_path: Path) -> None:
     """7 chunks through a ring of 4; one is corrupt, or vanishes. The engine goes on, and heals it."""
 
-    def engine(folder: Path, ring: str, steps: list[Step]) -> dict[str, Any]:
+    def engine(folder: Path, ring: int, steps: list[Step]) -> dict[str, Any]:
         transfer = {
             "kv_connector": "ObjectCacheConnector",
             "kv_role": "kv_both",
@@ -363,11 +363,12 @@ def test_a_prefix_larger_than_the_ring(model: Path, baseline: Report, tmp_path: 
         return {"kwargs": {"model": str(model), "kv_transfer_config": transfer}, "steps": steps}
 
     whole, corrupt = tmp_path / "whole", tmp_path / "corrupt"
-    (first,) = run_engines([engine(whole, "64MiB", [ask(BASE), *SETTLE])])
+    (first,) = run_engines([engine(whole, 64 << 20, [ask(BASE), *SETTLE])])
     objects = {
         at: next(path for path in whole.rglob("*") if name.hex() in path.name)
         for at, name in enumerate(chunk_hashes(BASE, CHUNK, root_hash()))
     }
+    ring = 4 * objects[0].stat().st_size
     shutil.copytree(whole, corrupt)
     spoilt = corrupt / objects[4].relative_to(whole)
     body = spoilt.read_bytes()
@@ -377,8 +378,8 @@ def test_a_prefix_larger_than_the_ring(model: Path, baseline: Report, tmp_path: 
     twice = [ask(BASE), *SETTLE, FORGET, ask(BASE), *SETTLE]
     reports = run_engines(
         [
-            engine(corrupt, "8MiB", [*twice, {"do": "metrics"}]),
-            engine(whole, "8MiB", [ask(BASE), FORGET, vanishes, *twice, {"do": "metrics"}]),
+            engine(corrupt, ring, [*twice, {"do": "metrics"}]),
+            engine(whole, ring, [ask(BASE), FORGET, vanishes, *twice, {"do": "metrics"}]),
         ]
     )
     wanted = by_name(baseline, SITUATIONS)["whole"]
