@@ -110,6 +110,9 @@ class Parked:
     def abandon(self) -> None:
         """The loop and all copies have ended: slots that were handed over go back."""
         streams, self._streams = self._streams, {}
+        with self._lock:
+            self._arrived.clear()
+            self._results.clear()
         for job, stream in streams.items():
             stream.through.abandon(job)
 

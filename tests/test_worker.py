@@ -638,6 +638,17 @@ def test_a_stream_that_is_stopped_is_named_once_and_none_of_it_counts(
     assert reader.unparked == ["request-1"] and reader.quiet()
 
 
+def test_what_came_for_a_stream_that_is_stopped_is_not_copied(workers: Workers, url: str) -> None:
+    filled(workers, url, ALL)
+    reader = workers(url, streams=True)
+    command = stream(1, *range(1, 13), ids=list(range(BLOCKS)))
+    reader.half.receive(StepCommands(reader.namespace, streams=[command]))
+    assert eventually(lambda: len(reader.half._parked._arrived) == LOAD_SLOTS)
+    reader.step(stops=[1])
+    assert reader.streamed(1) == Streamed(1, 0)
+    assert not any(page.any() for page in reader.pages) and reader.quiet()
+
+
 def test_streams_and_stages_at_the_same_time(workers: Workers, url: str) -> None:
     writer = filled(workers, url, ALL)
     reader = workers(url, streams=True)
@@ -666,6 +677,8 @@ def test_shutdown_while_a_prefix_streams(workers: Workers, url: str, steps: int)
         reader.half.end_forward()
     reader.half.shutdown()
     assert reader.half.leased_slots == 0
+    reader.half.end_forward()  # harmless
+    assert reader.half.unparked() == set() and reader.half.failed_blocks() == set()
 
 
 # ---- the end
