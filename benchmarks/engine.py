@@ -12,6 +12,7 @@ one of
   "wait_s": 0.1}` cancels one request after so many engine steps and that wait.
 * `{"do": "forget"}`: empty the engine's own prefix cache.
 * `{"do": "wait", "seconds": 1}`: leave the engine alone, so that writes behind can finish.
+* `{"do": "remove", "file": "/path"}`: delete a file, an object of a `file://` store say.
 * `{"do": "metrics"}`: counters since the engine started.
 
 The report has the same order: `{"engines": [{"start_s", "stop_s", "steps": [...], "left": {...}}]}`.
@@ -201,6 +202,10 @@ class _Engine:
 
     def _wait(self, seconds: float) -> dict[str, Any]:
         time.sleep(seconds)
+        return {}
+
+    def _remove(self, file: str) -> dict[str, Any]:
+        os.unlink(file)
         return {}
 
     def _metrics(self) -> dict[str, Any]:

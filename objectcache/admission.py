@@ -5,8 +5,11 @@ Pure: events and `now` (seconds, any monotonic clock) in, answers out. The life 
     LOOKUP --found--> FOUND --asked--> STAGING --staged--> READY --admitted--> OVER
        \\________________\\________________\\___ timeout, nothing there, request gone ___/
 
+    FOUND --asked, too long to stage--> OFFERED --admitted--> STREAMING --ended--> OVER
+
 Tokens are promised only when their bytes lie verified in host memory, so that a promise cannot
-fail: whatever goes wrong before it costs a recompute and nothing else.
+fail: whatever goes wrong before it costs a recompute and nothing else. What host memory cannot hold
+is promised as an asynchronous load: vLLM parks the request, and may be told that blocks did not come.
 """
 
 import enum
@@ -20,6 +23,8 @@ class Phase(enum.Enum):
     FOUND = "found"
     STAGING = "staging"
     READY = "ready"
+    OFFERED = "offered"
+    STREAMING = "streaming"
     OVER = "over"
 
 
@@ -33,11 +38,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Answer:
-    """`tokens` is None for "ask me again"; `release` says that staged chunks are no longer wanted."""
+    """`tokens` is None for "ask me again"; `release` says that staged chunks are no longer wanted.
+
+    `asynchronous` says that the tokens are still to come, after the request was admitted.
+    """
 
     tokens: int | None
     stage: Stage | None = None
     release: bool = False
+    asynchronous: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,19 +57,35 @@ class Load:
     blocks: int
 
 
+@dataclass(frozen=True)
+class Stream:
+    """Bring chunks [first, first + count) of the prefix one after the other, and copy their blocks
+    [first_block, first_block + blocks), counted from the first chunk, to the request's own."""
+
+    first: int
+    count: int
+    first_block: int
+    blocks: int
+
+
 WAIT = Answer(None)
 NOTHING = Answer(0)
 
 
 @dataclass
 class Admission:
-    """One request's way to its prefix. `loadable_tokens` is what may be claimed at all."""
+    """One request's way to its prefix. `loadable_tokens` is what may be claimed at all.
+
+    What needs more than `stage_chunks` chunks is streamed; None if nothing may be, and then the
+    worker stages as many as it can.
+    """
 
     chunk_tokens: int
     block_tokens: int
     loadable_tokens: int
     lookup_deadline: float
     stage_timeout_s: float
+    stage_chunks: int | None = None
     phase: Phase = Phase.LOOKUP
     timed_out: bool = False
     _found: int = 0
@@ -88,7 +113,7 @@ class Admission:
         """
         if self.phase is Phase.LOOKUP:
             return self._over(timed_out=True) if now >= self.lookup_deadline else WAIT
-        if self.phase is Phase.FOUND:
+        if self.phase in (Phase.FOUND, Phase.OFFERED):
             return self._ask_found(local_tokens, now, may_stage)
         if self.phase is Phase.STAGING:
             late = now >= self._deadline + STAGE_GRACE_S
@@ -98,17 +123,29 @@ class Admission:
             return Answer(tokens) if tokens > 0 else self._over(release=True)
         return NOTHING
 
-    def allocated(self, tokens: int, local_tokens: int) -> tuple[Load | None, bool]:
+    def allocated(self, tokens: int, local_tokens: int) -> tuple[Load | Stream | None, bool]:
         """The request was admitted with `tokens` of ours after `local_tokens`.
 
-        Returns the load to do, and whether staged chunks are to be given back unused.
+        Returns what to do, and whether staged chunks are to be given back unused. After a stream
+        vLLM says so once more, with no tokens.
         """
-        held = self.phase in (Phase.STAGING, Phase.READY)
-        ready = self.phase is Phase.READY
-        self.phase = Phase.OVER
+        if self.phase is Phase.STREAMING:
+            assert tokens == 0, "vLLM admits more than was promised"
+            return None, False
+        before, self.phase = self.phase, Phase.OVER
         if tokens == 0:
-            return None, held
-        assert ready and tokens <= self._end() - local_tokens, "vLLM admits more than was promised"
+            return None, before in (Phase.STAGING, Phase.READY)
+        if before is Phase.OFFERED:
+            end = min(self._found * self.chunk_tokens, self.loadable_tokens)
+            assert tokens <= end - local_tokens, "vLLM admits more than was promised"
+            self.phase = Phase.STREAMING
+            first = local_tokens // self.chunk_tokens
+            count = -(-(local_tokens + tokens) // self.chunk_tokens) - first
+            first_block = local_tokens % self.chunk_tokens // self.block_tokens
+            return Stream(first, count, first_block, tokens // self.block_tokens), False
+        assert before is Phase.READY and tokens <= self._end() - local_tokens, (
+            "vLLM admits more than was promised"
+        )
         first_token = self._first * self.chunk_tokens
         return (
             Load(
@@ -118,9 +155,14 @@ class Admission:
             False,
         )
 
+    def ended(self) -> None:
+        """The stream did all that it could, on every rank."""
+        if self.phase is Phase.STREAMING:
+            self.phase = Phase.OVER
+
     def gone(self) -> bool:
-        """The request ended. Returns whether a job has to be given back."""
-        held = self.phase in (Phase.STAGING, Phase.READY)
+        """The request ended. Returns whether a job has to be given back, or a stream stopped."""
+        held = self.phase in (Phase.STAGING, Phase.READY, Phase.STREAMING)
         self.phase = Phase.OVER
         return held
 
@@ -134,6 +176,9 @@ class Admission:
             return WAIT
         self._first = local_tokens // self.chunk_tokens
         count = -(-end // self.chunk_tokens) - self._first
+        if self.stage_chunks is not None and count > self.stage_chunks:
+            self.phase = Phase.OFFERED
+            return Answer(end - local_tokens, asynchronous=True)
         self._deadline = now + self.stage_timeout_s
         self.phase = Phase.STAGING
         return Answer(None, Stage(self._first, count))

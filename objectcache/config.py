@@ -44,7 +44,8 @@ class Options:
     ring_bytes: int = _option(
         4 << 30,
         "Host memory for chunks on their way, in bytes or as `4GiB`; pinned when there is a GPU. "
-        "A prefix that is larger is loaded in part.",
+        "A prefix that is larger streams through it if vLLM's `kv_load_failure_policy` is "
+        "`recompute`, else it is loaded in part.",
         low=1 << 20,
         high=1 << 44,
         bytes=True,
@@ -68,7 +69,10 @@ class Options:
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1
     )
     stage_timeout_ms: int = _option(
-        10_000, "A prompt waits at most this long for its chunks, then uses what came.", low=1
+        10_000,
+        "A prompt waits at most this long for its chunks, then uses what came; for a prefix that "
+        "streams, as often as it fills the ring.",
+        low=1,
     )
     connect_timeout_ms: int = _option(2000, "Longest time to open a connection.", low=1)
     read_timeout_ms: int = _option(

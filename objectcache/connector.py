@@ -74,6 +74,11 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- both roles
 
     @property
+    def _may_stream(self) -> bool:
+        """Otherwise vLLM ends a request with an error if any of its blocks is not loaded."""
+        return self._kv_transfer_config.kv_load_failure_policy == "recompute"
+
+    @property
     def requires_kv_delivery(self) -> bool:
         return False  # a cache: a chunk that is not saved is only a later miss
 
@@ -121,6 +126,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             local_prefixes=bool(cache.enable_prefix_caching),
+            stage_chunks=min(p.stage_chunks for p in places) if self._may_stream else None,
         )
         self._places = places
         self._scheduler.check()
@@ -157,7 +163,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         if self._scheduler is None:
             return 0, False
-        return self._scheduler.matched_tokens(request.request_id, num_computed_tokens), False
+        return self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
 
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
@@ -215,16 +221,19 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         world = self._vllm_config.parallel_config.tensor_parallel_size
         rank = self._vllm_config.parallel_config.rank % world  # there is one pipeline stage
         replicas = self._kv_cache_config.kv_tp_replicas
-        self._place = WorkerPlace(facts, rank // replicas, world // replicas)
         names, pages = layer_pages(self._kv_cache_config, kv_caches)
         self._worker = WorkerHalf(
             self._options,
             names,
             pages,
             self._block_tokens,
-            self._place.shard,
-            self._place.shards,
+            rank // replicas,
+            world // replicas,
             writes=rank % replicas == 0,
+            streams=self._may_stream,
+        )
+        self._place = WorkerPlace(
+            facts, rank // replicas, world // replicas, self._worker.stage_chunks
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -259,8 +268,13 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is not None:
             self._worker.end_forward()
 
-    def get_finished(self, finished_req_ids: Iterable[str]) -> tuple[None, None]:
-        return None, None  # nothing is loaded or sent behind vLLM's back
+    def get_finished(self, finished_req_ids: Iterable[str]) -> tuple[None, set[str] | None]:
+        """No request waits for a save; those return here whose prefix streamed into their blocks."""
+        unparked = self._worker.unparked() if self._worker is not None else None
+        return None, unparked or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._worker.failed_blocks() if self._worker is not None else set()
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None

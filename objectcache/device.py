@@ -2,7 +2,9 @@
 
 Both kinds have one face. A load is submitted for a whole step; `wait_layer(l)` makes layer l safe
 to read; after the step `loaded()` names the loads whose slots may be reused. A save is submitted
-after the step's forward pass; `saved()` names those whose slots are final.
+after the step's forward pass; `saved()` names those whose slots are final. A chunk for a request that
+does not run yet is loaded apart from any step, with all its layers; `chunks_loaded()` names it when its
+pages are written.
 """
 
 from abc import ABC, abstractmethod
@@ -106,6 +108,15 @@ class Copies(ABC):
         """Jobs whose slots are not read any more. Each is named once."""
 
     @abstractmethod
+    def submit_chunk(self, chunk: tuple[int, int], run: Run) -> None:
+        """Copy a run's pages of all layers, behind what the caller's stream did to them. Until the
+        chunk is named nobody may use the pages."""
+
+    @abstractmethod
+    def chunks_loaded(self) -> list[tuple[int, int]]:
+        """Chunks whose pages are written, and whose slots are not read any more. Each is named once."""
+
+    @abstractmethod
     def submit_save(self, save: int, run: Run) -> None:
         """Copy a whole chunk's pages to its slot. The pages may change after the caller's stream goes on."""
 
@@ -126,6 +137,7 @@ class CpuCopies(Copies):
     ) -> None:
         super().__init__(pages, slots, layout)
         self._loaded: list[int] = []
+        self._chunks: list[tuple[int, int]] = []
         self._saved: list[int] = []
 
     def _begin_loads(self) -> None:
@@ -134,8 +146,11 @@ class CpuCopies(Copies):
     def _wait(self, layer: int) -> None:
         for _, runs in self._runs:
             for run in runs:
-                index = torch.tensor(run.block_ids, dtype=torch.int64)
-                self._pages[layer].index_copy_(0, index, self._chunk_rows(layer, run))
+                self._copy(layer, run)
+
+    def _copy(self, layer: int, run: Run) -> None:
+        index = torch.tensor(run.block_ids, dtype=torch.int64)
+        self._pages[layer].index_copy_(0, index, self._chunk_rows(layer, run))
 
     def _end_loads(self, jobs: list[int]) -> None:
         self._loaded += jobs
@@ -143,6 +158,15 @@ class CpuCopies(Copies):
     def loaded(self) -> list[int]:
         jobs, self._loaded = self._loaded, []
         return jobs
+
+    def submit_chunk(self, chunk: tuple[int, int], run: Run) -> None:
+        for layer in range(len(self._pages)):
+            self._copy(layer, run)
+        self._chunks.append(chunk)
+
+    def chunks_loaded(self) -> list[tuple[int, int]]:
+        chunks, self._chunks = self._chunks, []
+        return chunks
 
     def submit_save(self, save: int, run: Run) -> None:
         index = torch.tensor(run.block_ids, dtype=torch.int64)
@@ -162,7 +186,8 @@ class CudaCopies(Copies):
     """Copies on side streams: layer l+1 moves while layer l computes.
 
     Blocks pass through a staging buffer on the GPU and are scattered from there (or gathered into
-    it) by one indexed kernel, because pages are small and the bus likes long runs.
+    it) by one indexed kernel, because pages are small and the bus likes long runs. Chunks of requests
+    that do not run have a stream of their own: no step waits behind them.
     """
 
     def __init__(
@@ -171,12 +196,15 @@ class CudaCopies(Copies):
         super().__init__(pages, slots, layout)
         device = pages[0].device
         self._load_stream = torch.cuda.Stream(device)
+        self._chunk_stream = torch.cuda.Stream(device)
         self._save_stream = torch.cuda.Stream(device)
         self._layer_events = [torch.cuda.Event() for _ in pages]
         staging_bytes = max(STAGING_BYTES, max(layout.slice_bytes))
         self._load_staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
+        self._chunk_staging = torch.empty(max(layout.slice_bytes), dtype=torch.uint8, device=device)
         self._save_staging = torch.empty(max(layout.slice_bytes), dtype=torch.uint8, device=device)
         self._loaded: deque[tuple[list[int], torch.cuda.Event]] = deque()
+        self._chunks: deque[tuple[tuple[int, int], torch.cuda.Event]] = deque()
         self._saved: deque[tuple[int, torch.cuda.Event]] = deque()
 
     def _begin_loads(self) -> None:
@@ -190,7 +218,7 @@ class CudaCopies(Copies):
             ]
             for layer, event in enumerate(self._layer_events):
                 for batch, index in batches:
-                    self._scatter(layer, batch, index)
+                    self._scatter(layer, batch, index, self._load_staging)
                 event.record(self._load_stream)
 
     def _batches(self, runs: list[Run]) -> list[list[Run]]:
@@ -202,9 +230,11 @@ class CudaCopies(Copies):
         host = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
         return host.to(self._pages[0].device, non_blocking=True)
 
-    def _scatter(self, layer: int, batch: list[Run], index: torch.Tensor) -> None:
+    def _scatter(
+        self, layer: int, batch: list[Run], index: torch.Tensor, buffer: torch.Tensor
+    ) -> None:
         page_bytes = self._pages[layer].shape[1]
-        staging = self._load_staging[: index.numel() * page_bytes].view(-1, page_bytes)
+        staging = buffer[: index.numel() * page_bytes].view(-1, page_bytes)
         first = 0
         for run in batch:
             last = first + len(run.block_ids)
@@ -222,6 +252,21 @@ class CudaCopies(Copies):
         done: list[int] = []
         while self._loaded and self._loaded[0][1].query():
             done += self._loaded.popleft()[0]
+        return done
+
+    def submit_chunk(self, chunk: tuple[int, int], run: Run) -> None:
+        # Others may just have used these blocks, and vLLM may have zeroed them: stay behind that.
+        self._chunk_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._chunk_stream):
+            index = self._to_device(list(run.block_ids))
+            for layer in range(len(self._pages)):
+                self._scatter(layer, [run], index, self._chunk_staging)
+        self._chunks.append((chunk, self._recorded(self._chunk_stream)))
+
+    def chunks_loaded(self) -> list[tuple[int, int]]:
+        done: list[tuple[int, int]] = []
+        while self._chunks and self._chunks[0][1].query():
+            done.append(self._chunks.popleft()[0])
         return done
 
     def submit_save(self, save: int, run: Run) -> None:
@@ -246,6 +291,7 @@ class CudaCopies(Copies):
 
     def finish(self) -> None:
         self._load_stream.synchronize()
+        self._chunk_stream.synchronize()
         self._save_stream.synchronize()
 
     @staticmethod

@@ -28,6 +28,18 @@ class LoadCommand:
 
 
 @dataclass(frozen=True)
+class StreamCommand:
+    """Bring these chunks one after the other past the ring to these pages, from `first_block` of the
+    first chunk on, while vLLM keeps the request parked; then report the request and the job, once."""
+
+    job: int
+    request_id: str
+    chunk_hashes: list[bytes]
+    first_block: int
+    block_ids: list[int]
+
+
+@dataclass(frozen=True)
 class SaveCommand:
     """Write the chunk that these pages hold after this step."""
 
@@ -43,6 +55,10 @@ class StepCommands(KVConnectorMetadata):
     stages: list[StageCommand] = field(default_factory=list)
     releases: list[int] = field(default_factory=list)
     loads: list[LoadCommand] = field(default_factory=list)
+    streams: list[StreamCommand] = field(default_factory=list)
+    stops: list[int] = field(
+        default_factory=list
+    )  # streams that nobody waits for; none of it counts
     saves: list[SaveCommand] = field(default_factory=list)
     forget: bool = False  # nothing is known any more to be in the store
 
@@ -50,6 +66,15 @@ class StepCommands(KVConnectorMetadata):
 @dataclass(frozen=True)
 class Staged:
     """`chunks` leading chunks of the job are verified in host memory; `error` is why not more, or ""."""
+
+    job: int
+    chunks: int
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """`chunks` leading chunks of the stream are in their pages; `error` is why not more, or ""."""
 
     job: int
     chunks: int
@@ -70,10 +95,15 @@ class StepReport(KVConnectorWorkerMetadata):
 
     staged: list[Staged] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
+    streamed: list[Streamed] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
-        return StepReport(self.staged + other.staged, self.saved + other.saved)
+        return StepReport(
+            self.staged + other.staged,
+            self.saved + other.saved,
+            self.streamed + other.streamed,
+        )
 
 
 @dataclass
@@ -81,10 +111,11 @@ class WorkerPlace(KVConnectorHandshakeMetadata):
     """What only a worker knows, told once after its KV cache exists.
 
     `facts` go into the namespace; `shard` of `shards` is the part of each chunk that it holds;
-    `error` is why it cannot take part, or "".
+    `stage_chunks` is the most that one job can stage; `error` is why it cannot take part, or "".
     """
 
     facts: dict[str, Any]
     shard: int
     shards: int
+    stage_chunks: int = 0
     error: str = ""

@@ -31,7 +31,7 @@ Two settings of vLLM beside this one matter:
 | in `--kv-transfer-config` | meaning here |
 |---|---|
 | `"kv_role": "kv_both"` | load and save; `"kv_consumer"` loads only, `"kv_producer"` saves only |
-| `"kv_load_failure_policy"` | has nothing to decide: tokens are promised to vLLM only when their bytes are verified in host memory |
+| `"kv_load_failure_policy": "recompute"` | a prefix that is longer than `ring_bytes` holds streams through it, and vLLM computes what does not come. With vLLM's default, `"fail"`, it would end the request with an error instead: then such a prefix is loaded as far as `ring_bytes` holds it, and the rest is computed. Shorter prefixes are promised only when their bytes are verified in host memory, so for them it has nothing to decide |
 """
 
 _METRICS_HEAD = """\

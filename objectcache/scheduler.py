@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from objectcache import keys
-from objectcache.admission import Admission, Phase, loadable
+from objectcache.admission import Admission, Load, Phase, Stream, loadable
 from objectcache.breaker import Breaker
 from objectcache.config import Options
 from objectcache.errors import Misconfigured, ObjectCacheError, Unavailable
@@ -25,6 +25,7 @@ from objectcache.messages import (
     StageCommand,
     StepCommands,
     StepReport,
+    StreamCommand,
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
 from objectcache.report import Reporter
@@ -52,6 +53,17 @@ class Tracked:
 
 
 @dataclass
+class Streaming:
+    """A prefix on its way into the blocks of a parked request; each rank reports it once."""
+
+    tracked: Tracked
+    chunk_hashes: list[bytes]
+    tokens: range  # of the prompt
+    stopped: bool = False
+    reports: list[tuple[int, str]] = field(default_factory=list)
+
+
+@dataclass
 class Saving:
     """A chunk on its way out: whose it is, where in its prefix, and what the shards said so far."""
 
@@ -64,7 +76,8 @@ class SchedulerHalf:
     """`ranks` workers report each stage; `shards` of them each save.
 
     `local_prefixes` is whether vLLM itself caches prefixes: then a request may wait for another
-    that is bringing the same chunks, and find them there.
+    that is bringing the same chunks, and find them there. A prefix of more than `stage_chunks` chunks is
+    streamed; None if vLLM would not compute what a stream fails to bring.
     """
 
     def __init__(
@@ -77,6 +90,7 @@ class SchedulerHalf:
         loads: bool,
         saves: bool,
         local_prefixes: bool,
+        stage_chunks: int | None = None,
     ) -> None:
         self._options = options
         self._namespace = namespace
@@ -86,6 +100,7 @@ class SchedulerHalf:
         self._loads = loads
         self._saves = saves and options.save
         self._local_prefixes = local_prefixes
+        self._stage_chunks = stage_chunks
         self._requests: dict[str, Tracked] = {}
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
         self._breaker = Breaker()
@@ -93,6 +108,7 @@ class SchedulerHalf:
         self._jobs: dict[int, Tracked] = {}
         self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._stage_reports: dict[int, list[tuple[int, str]]] = {}
+        self._streams: dict[int, Streaming] = {}
         self._saving: dict[bytes, Saving] = {}
         self._next_ticket = 0
         self._commands = StepCommands()
@@ -137,18 +153,19 @@ class SchedulerHalf:
         self._requests[request.request_id] = tracked
         self._look_up(tracked, time.monotonic())
 
-    def matched_tokens(self, request_id: str, local_tokens: int) -> int | None:
-        """Tokens to load after the `local_tokens` that vLLM has; None for "ask again"."""
+    def matched_tokens(self, request_id: str, local_tokens: int) -> tuple[int | None, bool]:
+        """Tokens to load after the `local_tokens` that vLLM has, None for "ask again"; and whether vLLM
+        has to park the request until they came."""
         tracked = self._requests.get(request_id)
         if tracked is None:
-            return 0
+            return 0, False
         now = time.monotonic()
         self._take_lookups()
         if tracked.admitted:
             self._look_up(tracked, now)  # preempted, and comes again
         admission = tracked.admission
         if admission is None:
-            return 0
+            return 0, False
         tracked.local_tokens = local_tokens
         answer = admission.ask(local_tokens, now, self._may_stage(tracked, local_tokens))
         if answer.stage is not None:
@@ -158,7 +175,7 @@ class SchedulerHalf:
         if admission.timed_out:
             admission.timed_out = False
             self._counters.add("late_prompts")
-        return answer.tokens
+        return answer.tokens, answer.asynchronous
 
     def allocated(self, request_id: str, block_ids: Sequence[int], tokens: int) -> None:
         """vLLM admitted the request, `tokens` of it on our word; these are all its blocks."""
@@ -171,10 +188,12 @@ class SchedulerHalf:
         load, unused = tracked.admission.allocated(tokens, tracked.local_tokens)
         if unused:
             self._release(tracked)
-        if load is not None:
+        first = tracked.local_tokens // self._block_tokens
+        ids = list(block_ids[first : first + load.blocks]) if load is not None else []
+        if isinstance(load, Stream):
+            self._stream(tracked, load, request_id, ids)
+        elif isinstance(load, Load):
             assert tracked.job is not None
-            first = tracked.local_tokens // self._block_tokens
-            ids = list(block_ids[first : first + load.blocks])
             self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids))
             self._counters.add("hit_tokens", tokens)
             self._forget_job(tracked)
@@ -213,6 +232,12 @@ class SchedulerHalf:
             if len(reports) == self._ranks:
                 del self._stage_reports[staged.job]
                 self._staged(staged.job, *min(reports), now=now)
+        for streamed in report.streamed:
+            streaming = self._streams[streamed.job]
+            streaming.reports.append((streamed.chunks, streamed.error))
+            if len(streaming.reports) == self._ranks:
+                del self._streams[streamed.job]
+                self._streamed(streaming, *min(streaming.reports), now=now)
         for saved in report.saved:
             saving = self._saving.get(saved.chunk_hash)
             if saving is not None:
@@ -223,7 +248,7 @@ class SchedulerHalf:
     @property
     def has_work(self) -> bool:
         """Whether workers must hear something although no request needs a step."""
-        return bool(self._commands.releases)
+        return bool(self._commands.releases or self._commands.stops)
 
     def forget(self, namespace: Namespace) -> None:
         """Nothing in the store is of use any more: the weights changed, or somebody asked."""
@@ -266,6 +291,7 @@ class SchedulerHalf:
             claimable,
             now + self._options.lookup_timeout_ms / 1000,
             self._options.stage_timeout_ms / 1000,
+            self._stage_chunks,
         )
         if known == chunks:
             self._found(tracked, known)
@@ -301,7 +327,7 @@ class SchedulerHalf:
         tracked.admission.looked_up(chunks)
         self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
 
-    # ---- stages
+    # ---- stages and streams
 
     def _may_stage(self, tracked: Tracked, local_tokens: int) -> bool:
         """Whether nobody else is bringing the first chunk that this request needs."""
@@ -313,35 +339,69 @@ class SchedulerHalf:
         return self._bringing.get(tracked.chain.hashes[first]) in (None, tracked)
 
     def _stage(self, tracked: Tracked, first: int, count: int) -> None:
+        job = self._new_job(tracked, first, count)
+        self._jobs[job] = tracked
+        self._commands.stages.append(StageCommand(job, tracked.job_hashes))
+
+    def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:
+        job = self._new_job(tracked, load.first, load.count)
+        hashes, local = tracked.job_hashes, tracked.local_tokens
+        tokens = range(local, local + load.blocks * self._block_tokens)
+        self._streams[job] = Streaming(tracked, hashes, tokens)
+        self._commands.streams.append(StreamCommand(job, request_id, hashes, load.first_block, ids))
+
+    def _new_job(self, tracked: Tracked, first: int, count: int) -> int:
         self._next_ticket += 1
         tracked.job = self._next_ticket
         tracked.job_hashes = tracked.chain.hashes[first : first + count]
-        self._jobs[tracked.job] = tracked
         for chunk_hash in tracked.job_hashes:
             self._bringing.setdefault(chunk_hash, tracked)
-        self._commands.stages.append(StageCommand(tracked.job, tracked.job_hashes))
+        return tracked.job
 
     def _staged(self, job: int, chunks: int, error: str, now: float) -> None:
+        tracked = self._jobs[job]
+        assert tracked.admission is not None
+        self._judge(error, tracked.job_hashes[chunks:], now)
+        tracked.admission.staged(chunks)
+
+    def _streamed(self, streaming: Streaming, chunks: int, error: str, now: float) -> None:
+        if streaming.stopped:
+            return
+        tracked, tokens = streaming.tracked, streaming.tokens
+        assert tracked.admission is not None
+        self._judge(error, streaming.chunk_hashes[chunks:], now)
+        tracked.admission.ended()
+        first = tokens.start // self._options.chunk_tokens
+        came = min((first + chunks) * self._options.chunk_tokens, tokens.stop)
+        self._counters.add("hit_tokens", max(0, came - tokens.start))
+        if chunks < len(streaming.chunk_hashes):
+            tracked.may_load = False  # it would meet the same object again, and again
+        self._forget_job(tracked)
+
+    def _judge(self, error: str, not_there: Sequence[bytes], now: float) -> None:
+        """What the end of a job says about the store, and about the chunks that did not come."""
         if error in MISSES:
             self._breaker.succeeded()
         else:
             self._breaker.failed(now)
-        tracked = self._jobs[job]
-        assert tracked.admission is not None
         if error in ("NotFound", "Corrupt"):
-            for chunk_hash in tracked.job_hashes[chunks:]:
+            for chunk_hash in not_there:
                 self._known.discard(chunk_hash)
-        tracked.admission.staged(chunks)
 
     def _release(self, tracked: Tracked) -> None:
         """The job's chunks are not wanted any more."""
         assert tracked.job is not None
-        self._commands.releases.append(tracked.job)
+        streaming = self._streams.get(tracked.job)
+        if streaming is not None:
+            streaming.stopped = True
+            self._commands.stops.append(tracked.job)
+        else:
+            self._commands.releases.append(tracked.job)
         self._forget_job(tracked)
 
     def _forget_job(self, tracked: Tracked) -> None:
         assert tracked.job is not None
-        del self._jobs[tracked.job]
+        self._jobs.pop(tracked.job, None)  # no stream
         self._stage_reports.pop(tracked.job, None)
         for chunk_hash in tracked.job_hashes:
             if self._bringing.get(chunk_hash) is tracked:

@@ -4,6 +4,10 @@ A chunk that several jobs want has one place and is read once. A place is held b
 its reader as long as that may write to it; when nobody holds it, its slot is free again. What lies
 in a free slot stays of use until the slot is needed for something else. Safe to use from several
 threads.
+
+A stage job takes all its places at once and keeps them until vLLM has blocks for its request; a stream
+takes one at a time, and its request has its blocks already. So that the two never wait for each
+other, stage jobs leave some slots to streams.
 """
 
 import enum
@@ -32,12 +36,19 @@ class Place:
 
 
 class Shelf:
-    """Places of chunks in the load slots of a ring. It is the only one who leases those."""
+    """Places of chunks in the load slots of a ring. It is the only one who leases those.
 
-    def __init__(self, ring: Ring) -> None:
+    `apart` slots are out of reach of stage jobs; `most` is what is left to them.
+    """
+
+    def __init__(self, ring: Ring, apart: int = 0) -> None:
+        assert 0 <= apart <= ring.load_slots
         self._ring = ring
+        self._apart = apart
+        self.most = ring.load_slots - apart
         self._places: dict[str, Place] = {}
         self._held: dict[int, list[Place]] = {}
+        self._streams: set[int] = set()  # those of the jobs that are streams
         self._lying: dict[str, int] = {}  # in slots that are free
         self._lies_in: dict[int, str] = {}
         self._lock = threading.Lock()
@@ -49,21 +60,48 @@ class Shelf:
         """
         with self._lock:
             new = [key for key in dict.fromkeys(keys) if key not in self._places]
-            lying = [key for key in new if key in self._lying]
-            unread = [key for key in new if key not in self._lying]
-            slots = self._ring.lease_loads(len(unread), [self._lying[key] for key in lying])
-            if slots is None:
+            there = {self._places[key] for key in keys if key in self._places}
+            if len(self._held_by_stages() | there) + len(new) > self.most:
                 return None
-            for key, slot in zip([*lying, *unread], slots, strict=True):
-                there = self._lying.get(key) == slot
-                self._forget(slot)
-                state = State.THERE if there else State.COMING
-                self._places[key] = Place(key, slot, state, reading=not there)
+            unread = self._lay(new)
+            if unread is None:
+                return None
             places = [self._places[key] for key in keys]
             for place in places:
                 place.jobs.add(job)
             self._held[job] = places
-            return places, [self._places[key] for key in unread]
+            return places, unread
+
+    def take_next(self, job: int, key: str, crowded: bool) -> tuple[Place, bool] | None:
+        """A stream holds one place more: (the place, whether the caller has to read it).
+
+        None if there is no room now. With `crowded` others wait for all free slots but those that
+        are set apart.
+        """
+        with self._lock:
+            unread: list[Place] | None = []
+            if key not in self._places:
+                if crowded and self._held_by_streams_alone() >= self._apart:
+                    return None
+                unread = self._lay([key])
+                if unread is None:
+                    return None
+            place = self._places[key]
+            place.jobs.add(job)
+            self._held.setdefault(job, []).append(place)
+            self._streams.add(job)
+            return place, bool(unread)
+
+    def let_go(self, job: int, place: Place) -> None:
+        """A stream is done with one of its places, which is there."""
+        with self._lock:
+            assert place.state is State.THERE
+            self._held[job].remove(place)
+            if not self._held[job]:
+                del self._held[job]
+                self._streams.discard(job)
+            place.jobs.discard(job)
+            self._vacate(place)
 
     def read_ended(self, place: Place, verified: bool) -> None:
         """The reader of a place writes to it no more."""
@@ -84,6 +122,8 @@ class Shelf:
             places = self._held.pop(job, [])
             if keep:
                 self._held[job] = places[:keep]
+            else:
+                self._streams.discard(job)
             unwanted = []
             kept = {id(place) for place in places[:keep]}
             for place in dict.fromkeys(places[keep:]):
@@ -95,6 +135,28 @@ class Shelf:
                     unwanted.append(place)
                 self._vacate(place)
             return unwanted
+
+    def _lay(self, keys: Sequence[str]) -> list[Place] | None:
+        """Lease slots for keys that have no place: those of them that are to be read. All or none."""
+        lying = [key for key in keys if key in self._lying]
+        unread = [key for key in keys if key not in self._lying]
+        slots = self._ring.lease_loads(len(unread), [self._lying[key] for key in lying])
+        if slots is None:
+            return None
+        for key, slot in zip([*lying, *unread], slots, strict=True):
+            there = self._lying.get(key) == slot
+            self._forget(slot)
+            state = State.THERE if there else State.COMING
+            self._places[key] = Place(key, slot, state, reading=not there)
+        return [self._places[key] for key in unread]
+
+    def _held_by_stages(self) -> set[Place]:
+        held = (places for job, places in self._held.items() if job not in self._streams)
+        return {place for places in held for place in places}
+
+    def _held_by_streams_alone(self) -> int:
+        held = {place for job in self._streams for place in self._held[job]}
+        return len(held - self._held_by_stages())
 
     def _lose(self, place: Place) -> None:
         place.state = State.LOST

@@ -23,23 +23,29 @@ from objectcache.messages import (
     Staged,
     StepCommands,
     StepReport,
+    StreamCommand,
+    Streamed,
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
+from objectcache.parked import Parked, split
 from objectcache.report import Reporter, log
 from objectcache.ring import Ring
 from objectcache.saver import Saver
 from objectcache.shelf import Shelf
 from objectcache.stores import open_store
 from objectcache.streamer import StageResult, Streamer
+from objectcache.through import StreamResult
 
 CLOSE_TIMEOUT_S = 1.0
+STREAM_SHARE = 8  # one load slot in eight is for streams, one at least
 
 
 class WorkerHalf:
     """`pages[l]` is layer `layer_names[l]` as uint8 [blocks, page_bytes], in the object's order.
 
     `shard` of `shards` is the part of each chunk that this rank reads; `writes` is whether it also
-    writes it (of ranks with equal KV only one does).
+    writes it (of ranks with equal KV only one does). `streams` is whether vLLM computes what an
+    asynchronous load did not bring: only then such loads are made, and part of the ring is theirs.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class WorkerHalf:
         shard: int,
         shards: int,
         writes: bool,
+        streams: bool = False,
     ) -> None:
         self._options = options
         self._layers = {name: at for at, name in enumerate(layer_names)}
@@ -66,7 +73,8 @@ class WorkerHalf:
             slice_bytes=tuple(page.shape[1] * chunk_blocks for page in pages),
         )
         self._ring = _ring_for(options, self._layout.object_bytes)
-        self._shelf = Shelf(self._ring)
+        apart = max(1, self._ring.load_slots // STREAM_SHARE) if streams else 0
+        self._shelf = Shelf(self._ring, apart)
         self._slots = HostSlots(
             self._ring.slots, self._layout.object_bytes, pinned=self._pages[0].is_cuda
         )
@@ -87,9 +95,12 @@ class WorkerHalf:
         self._store_seen = dict.fromkeys(STORE_COUNTERS, 0)
         # All that is slow to make is made now, in a start-up that is slow anyway: not in a step.
         self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
+        self._parked = Parked(self._copies, chunk_blocks)
+        self._streamed: list[Streamed] = []
+        self._failed_blocks: set[int] = set()
         self._store = open_store(options)
         self._loop: LoopThread | None = LoopThread("objectcache-worker")
-        self._enter(self._loop, self._namespace)
+        self._enter(self._loop, self._namespace, None)
         self._loop.call(lambda loop: loop.spawn(self._open_store()), self._loop)
 
     async def _open_store(self) -> None:
@@ -110,10 +121,14 @@ class WorkerHalf:
                 self._release(job)
         if commands.namespace[0] and commands.namespace != self._namespace:
             assert self._loop is not None, "vLLM steps a worker that was shut down"
-            self._enter(self._loop, commands.namespace)
+            self._enter(self._loop, commands.namespace, self._streamer)
         for stage in commands.stages:
             if stage.job not in never_mind:
                 self._stage(stage)
+        for stream in commands.streams:
+            self._stream(stream)
+        for job in commands.stops:
+            self._parked.stop(job)
 
     def start_loads(self, hooks_fire: bool) -> None:
         """Submit the step's loads. If the layers will not call back, everything is waited for here."""
@@ -132,12 +147,32 @@ class WorkerHalf:
             self._copies.wait_layer(layer)
 
     def end_forward(self) -> None:
-        """After the forward pass: finish the loads, start the step's saves."""
+        """After the forward pass: finish the loads, start the step's saves, copy what streams."""
         self._copies.end_step()
         saves, self._commands.saves = self._commands.saves, []
         for save in saves:
             self._save(save)
+        self._parked.carry()
         self._collect()
+
+    def unparked(self) -> set[str]:
+        """Requests whose streams ended since the last call. What did not come of them is in
+        `failed_blocks`, how it went in `report`, in the same step."""
+        ended = self._parked.ended()
+        for request in ended:
+            error = request.result.error
+            self._counters.add("staged_chunks", request.result.came)
+            if error is not None:
+                self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
+            name = type(error).__name__ if error is not None and not request.stopped else ""
+            self._streamed.append(Streamed(request.result.job, request.chunks, name))
+            self._failed_blocks.update(request.failed_blocks)
+        return {request.request_id for request in ended}
+
+    def failed_blocks(self) -> set[int]:
+        """Page numbers of parked requests that were not loaded. Each is named once."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
 
     def report(self) -> StepReport | None:
         """What happened since the last call, for the scheduler half."""
@@ -149,7 +184,8 @@ class WorkerHalf:
         staged = [report for result in results if (report := self._settle(result)) is not None]
         for outcome in saved:
             self._counters.add(_SAVE_COUNTER[outcome.outcome])
-        return StepReport(staged, saved) if staged or saved else None
+        streamed, self._streamed = self._streamed, []
+        return StepReport(staged, saved, streamed) if staged or saved or streamed else None
 
     def stats(self) -> ObjectCacheStats | None:
         for name in STORE_COUNTERS:
@@ -157,6 +193,11 @@ class WorkerHalf:
             self._counters.add(name, now - self._store_seen[name])
             self._store_seen[name] = now
         return self._counters.take()
+
+    @property
+    def stage_chunks(self) -> int:
+        """Most chunks that one job can stage."""
+        return self._shelf.most
 
     @property
     def leased_slots(self) -> int:
@@ -183,10 +224,13 @@ class WorkerHalf:
         self._staged, self._loading = {}, set()
         for job in held:
             self._streamer.release(job)
+        self._parked.abandon()
 
     # ---- commands
 
-    def _enter(self, loop: LoopThread, namespace: tuple[str, bytes]) -> None:
+    def _enter(
+        self, loop: LoopThread, namespace: tuple[str, bytes], before: Streamer | None
+    ) -> None:
         """The scheduler half named the namespace (again, after a reset): objects from now on bear it."""
         layout = ObjectLayout(
             namespace[1] or bytes(32),
@@ -197,16 +241,18 @@ class WorkerHalf:
             self._layout.slice_bytes,
         )
         self._layout, self._namespace = layout, namespace
-        self._streamer = Streamer(
+        streamer = Streamer(
             loop,
             self._store,
             layout,
-            self._ring,
             self._shelf,
             self._slots.view,
             self._options.stage_timeout_ms / 1000,
             self._on_staged,
         )
+        if before is not None:
+            before.succeeded_by(streamer)
+        self._streamer = streamer
         self._saver = Saver(loop, self._store, layout, self._ring, self._slots.view, self._on_saved)
 
     def _key(self, chunk_hash: bytes) -> str:
@@ -217,6 +263,10 @@ class WorkerHalf:
     def _stage(self, stage: StageCommand) -> None:
         names = [self._key(chunk_hash) for chunk_hash in stage.chunk_hashes]
         self._streamer.stage(stage.job, names, stage.chunk_hashes)
+
+    def _stream(self, stream: StreamCommand) -> None:
+        names = [self._key(chunk_hash) for chunk_hash in stream.chunk_hashes]
+        self._parked.begin(stream, names, self._streamer.through, self._on_streamed)
 
     def _release(self, job: int) -> None:
         slots = self._staged.pop(job, None)
@@ -231,13 +281,9 @@ class WorkerHalf:
         slots = self._staged.pop(load.job)  # a KeyError is a bug: fail the step, not the tokens
         self._loading.add(load.job)
         per_slot = self._layout.chunk_blocks
-        runs, taken, at = [], 0, load.first_block
-        while taken < len(load.block_ids):
-            count = min(per_slot - at % per_slot, len(load.block_ids) - taken)
-            ids = load.block_ids[taken : taken + count]
-            runs.append(Run(slots[at // per_slot], at % per_slot, ids))
-            taken, at = taken + count, at + count
-        return runs
+        skipped, first = divmod(load.first_block, per_slot)
+        chunks = split(load.block_ids, first, per_slot)
+        return [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
 
     def _save(self, save: SaveCommand) -> None:
         if not self._writes:
@@ -280,12 +326,18 @@ class WorkerHalf:
         self._staged[result.job] = result.slots
         return Staged(result.job, len(result.slots), type(error).__name__ if error else "")
 
-    def _on_staged(self, result: StageResult) -> None:
-        error = result.error
+    def _on_streamed(self, result: StreamResult) -> None:
+        self._note(result.error, result.failed_key)
+
+    def _note(self, error: ObjectCacheError | None, failed_key: str) -> None:
+        """What a user should hear of a read that failed, and whoever saves that chunk. On the loop."""
         if error is not None and not isinstance(error, NotFound):
             self._reporter.warn("read chunks", error)
         if isinstance(error, Corrupt):
-            self._saver.spoilt(result.failed_key)
+            self._saver.spoilt(failed_key)
+
+    def _on_staged(self, result: StageResult) -> None:
+        self._note(result.error, result.failed_key)
         with self._lock:
             self._results.append(result)
 

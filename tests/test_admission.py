@@ -14,6 +14,7 @@ from objectcache.admission import (
     Load,
     Phase,
     Stage,
+    Stream,
     loadable,
 )
 
@@ -21,9 +22,9 @@ LOOKUP_S, STAGE_S = 1.0, 10.0
 
 
 def admission(
-    loadable_tokens: int = 64, chunk: int = 16, block: int = 4, now: float = 0.0
+    loadable_tokens: int = 64, stage_chunks: int | None = None, chunk: int = 16, block: int = 4
 ) -> Admission:
-    return Admission(chunk, block, loadable_tokens, now + LOOKUP_S, STAGE_S)
+    return Admission(chunk, block, loadable_tokens, LOOKUP_S, STAGE_S, stage_chunks)
 
 
 # ---- how much may be claimed
@@ -160,6 +161,100 @@ def test_more_than_was_promised_is_refused() -> None:
         a.allocated(20, 0)
 
 
+# ---- more than can be staged
+
+
+def test_what_is_too_long_to_stage_is_answered_at_once_and_streams() -> None:
+    a = admission(loadable_tokens=60, stage_chunks=3)
+    a.looked_up(4)
+    assert a.ask(0, 0.0) == Answer(60, asynchronous=True)
+    assert a.ask(0, 0.1) == Answer(60, asynchronous=True), "asked again: there were no blocks"
+    assert a.allocated(60, 0) == (Stream(0, 4, 0, 15), False)
+    assert a.phase is Phase.STREAMING
+    a.ended()
+    assert a.allocated(0, 0) == (None, False), "vLLM says so again when it resumes the request"
+    assert a.phase is Phase.OVER and not a.gone()
+
+
+def test_when_it_resumes_before_the_end_is_known_nothing_changes() -> None:
+    a = admission(stage_chunks=3)
+    a.looked_up(4)
+    a.ask(0, 0.0)
+    a.allocated(64, 0)
+    assert a.allocated(0, 0) == (None, False) and a.phase is Phase.STREAMING
+
+
+@pytest.mark.parametrize(
+    ("local", "answer"),
+    [
+        (0, Answer(64, asynchronous=True)),
+        (12, Answer(52, asynchronous=True)),
+        (16, Answer(None, Stage(1, 3))),
+    ],
+)
+def test_only_what_vllm_lacks_counts(local: int, answer: Answer) -> None:
+    a = admission(stage_chunks=3)
+    a.looked_up(4)
+    assert a.ask(local, 0.0) == answer
+
+
+def test_an_offer_is_made_anew_each_time() -> None:
+    """vLLM had no blocks for it; meanwhile it computed a part itself, or another request brings it."""
+    a = admission(stage_chunks=3)
+    a.looked_up(4)
+    assert a.ask(0, 0.0).asynchronous
+    assert a.ask(0, 0.0, may_stage=False) == WAIT
+    assert a.ask(4, 0.0) == Answer(60, asynchronous=True)
+    assert a.ask(20, 0.0) == Answer(None, Stage(1, 3))
+    b = admission(stage_chunks=3)
+    b.looked_up(4)
+    assert b.ask(0, 0.0).asynchronous
+    assert b.ask(64, 0.0) == NOTHING
+
+
+def test_an_offer_that_vllm_does_not_take() -> None:
+    a = admission(stage_chunks=3)
+    a.looked_up(4)
+    a.ask(0, 0.0)
+    assert a.allocated(0, 0) == (None, False) and a.phase is Phase.OVER
+
+
+def test_a_request_that_goes_while_it_streams_has_a_stream_to_stop() -> None:
+    a = admission(stage_chunks=0)
+    a.looked_up(4)
+    a.ask(0, 0.0)
+    assert not admission(stage_chunks=0).gone()
+    a.allocated(64, 0)
+    assert a.gone() and not a.gone()
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_a_stream_names_the_block_of_every_token(data: st.DataObject) -> None:
+    block = data.draw(st.integers(1, 5), "block_tokens")
+    chunk = block * data.draw(st.integers(1, 5), "blocks in a chunk")
+    prompt = data.draw(st.integers(1, 40 * block), "prompt_tokens")
+    most = loadable(prompt, block)
+    found = data.draw(st.integers(0, -(-most // chunk)), "found")
+    local = block * data.draw(st.integers(0, most // block), "blocks local")
+    a = Admission(chunk, block, most, 1.0, STAGE_S, 0)
+    a.looked_up(found)
+    answer = a.ask(local, 0.0)
+    wanted = list(range(local, min(found * chunk, most), block))
+    assert answer.tokens == len(wanted) * block and answer.asynchronous == bool(wanted)
+    if wanted:
+        stream, _ = a.allocated(answer.tokens, local)
+        assert isinstance(stream, Stream)
+        blocks = [  # the token at which each block of its chunks begins
+            first
+            for at in range(stream.first, stream.first + stream.count)
+            for first in range(at * chunk, (at + 1) * chunk, block)
+        ]
+        assert blocks[stream.first_block : stream.first_block + stream.blocks] == wanted
+        assert stream.first_block < chunk // block, "a chunk that nobody needs"
+        assert wanted[-1] // chunk == stream.first + stream.count - 1
+
+
 # ---- where the blocks of a load lie, against brute force
 
 
@@ -197,7 +292,7 @@ def test_a_load_names_the_staged_block_of_every_token(data: st.DataObject) -> No
     assert tokens == (len(claimable) * block if continues else 0)
     if tokens:
         load, _ = a.allocated(tokens, local)
-        assert load is not None
+        assert isinstance(load, Load)
         copied = staged_blocks[load.first_block : load.first_block + load.blocks]
         assert copied == list(range(local, local + tokens, block))
 
@@ -210,12 +305,14 @@ class Life(RuleBasedStateMachine):
 
     CHUNK, BLOCK = 12, 4
 
-    @initialize(prompt=st.integers(1, 90))
-    def arrive(self, prompt: int) -> None:
+    @initialize(prompt=st.integers(1, 90), most=st.sampled_from([None, 0, 1, 2, 3, 5]))
+    def arrive(self, prompt: int, most: int | None) -> None:
         self.now = 100.0
         self.prompt = prompt
         self.most = loadable(prompt, self.BLOCK)
-        self.a = Admission(self.CHUNK, self.BLOCK, self.most, self.now + LOOKUP_S, STAGE_S)
+        self.stage_chunks = most
+        self.a = Admission(self.CHUNK, self.BLOCK, self.most, self.now + LOOKUP_S, STAGE_S, most)
+        self.streaming = False
         self.stage: Stage | None = None
         self.found: int | None = None
         self.came: int | None = None
@@ -260,6 +357,7 @@ class Life(RuleBasedStateMachine):
         if answer.stage is None and not answer.release:
             assert again.tokens == answer.tokens
         assert again.stage is None and not again.release, "asked again, it changes nothing"
+        assert again.asynchronous == answer.asynchronous or answer.stage or answer.release
         if again.tokens is not None and admit:
             self.admit(again.tokens, local)
 
@@ -270,10 +368,16 @@ class Life(RuleBasedStateMachine):
             self.stage = answer.stage
             assert self.stage.first == local // self.CHUNK and self.stage.count >= 1
             assert self.stage.first + self.stage.count <= self.found
+            assert self.stage_chunks is None or self.stage.count <= self.stage_chunks
         if answer.release:
             self.ends += 1
             assert answer.tokens == 0
-        if answer.tokens:
+        if answer.asynchronous:
+            assert self.found is not None and self.stage_chunks is not None and answer.tokens
+            end = local + answer.tokens
+            assert end == min(self.found * self.CHUNK, self.most) and self.stages == 0
+            assert -(-end // self.CHUNK) - local // self.CHUNK > self.stage_chunks
+        elif answer.tokens:
             tokens = range(local, local + answer.tokens)
             staged = self.staged_range()
             assert tokens.start in staged and tokens[-1] in staged, "not staged"
@@ -285,17 +389,35 @@ class Life(RuleBasedStateMachine):
     def admit(self, tokens: int, local: int) -> None:
         load, unused = self.a.allocated(tokens, local)
         self.admitted = True
-        self.ends += unused + (load is not None)
         assert (load is not None) == (tokens > 0)
+        if isinstance(load, Stream):
+            self.streaming = True
+            assert not unused and self.stages == 0
+            first = load.first * self.CHUNK + load.first_block * self.BLOCK
+            assert (first, load.blocks * self.BLOCK) == (local, tokens)
+            return
+        self.ends += unused + (load is not None)
         if load is not None:
             assert self.stage is not None and self.came is not None
             first = self.stage.first * self.CHUNK + load.first_block * self.BLOCK
             assert (first, load.blocks * self.BLOCK) == (local, tokens)
             assert load.first_block + load.blocks <= self.came * self.CHUNK // self.BLOCK
 
+    @precondition(lambda self: self.streaming)
+    @rule(resumes=st.booleans())
+    def stream_ends(self, resumes: bool) -> None:
+        self.a.ended()
+        self.streaming = False
+        assert self.a.phase is Phase.OVER
+        if resumes:
+            assert self.a.allocated(0, 0) == (None, False)
+
     @rule()
     def finishes(self) -> None:
-        self.ends += self.a.gone()
+        held = self.a.gone()
+        assert held or not self.streaming, "a stream that nobody stops"
+        self.ends += held and not self.streaming
+        self.streaming = False
 
     @invariant()
     def a_stage_ends_once(self) -> None:
@@ -317,7 +439,7 @@ class Life(RuleBasedStateMachine):
             self.now += 0.25
         self.check(answer, 0)
         self.admit(answer.tokens, 0)
-        self.ends += self.a.gone()
+        self.ends += self.a.gone() and not self.streaming
         assert self.ends == self.stages
 
 

@@ -43,7 +43,8 @@ class Rig:
             return
         streams = [torch.cuda.current_stream()]
         if where == "bus":
-            streams = [self.copies._load_stream, self.copies._save_stream]
+            copies = self.copies
+            streams = [copies._load_stream, copies._save_stream, copies._chunk_stream]
         for stream in streams:
             with torch.cuda.stream(stream):
                 torch.cuda._sleep(100_000_000)  # cycles, about 60 ms
@@ -112,6 +113,9 @@ def warm_up(rig: Rig) -> None:
     for save in range(SLOTS):
         rig.copies.submit_save(save, Run(0, 0, [0, 1, 2, 3]))
     assert len(soon(rig.copies.saved, SLOTS)) == SLOTS
+    for chunk in range(SLOTS):
+        rig.copies.submit_chunk((0, chunk), Run(0, 0, [0, 1, 2, 3]))
+    assert len(soon(rig.copies.chunks_loaded, SLOTS)) == SLOTS
     for memory in rig.memory:
         memory.fill_(POISON)
     rig.settle()
@@ -289,6 +293,75 @@ def test_a_step_whose_model_did_not_wait_for_a_layer_fails(rig: Rig, waited: lis
     assert rig.copies.loaded() == []
 
 
+# ---- chunks apart from steps
+
+
+@pytest.mark.parametrize(("first", "blocks"), [(0, 4), (0, 1), (1, 2), (3, 1)])
+def test_a_chunk_apart_from_any_step(rig: Rig, first: int, blocks: int) -> None:
+    before = rig.snapshot()
+    run = Run(3, first, [17, 2, 39, 0][:blocks])
+    rig.copies.submit_chunk((5, 2), run)
+    assert soon(rig.copies.chunks_loaded, 1) == [(5, 2)]
+    check_loaded(rig, before, [run])
+    assert rig.copies.chunks_loaded() == [] and rig.copies.loaded() == []
+
+
+def test_many_chunks_and_the_loads_of_a_step(rig: Rig) -> None:
+    """Each is named by its own, once."""
+    rig.fill_pages(7)
+    before = rig.snapshot()
+    ids = random.Random(7).sample(range(BLOCKS), BLOCKS)
+    runs = [Run(at % SLOTS, 0, ids[4 * at : 4 * at + 4]) for at in range(BLOCKS // 4)]
+    for chunk, run in enumerate(runs[:4]):
+        rig.copies.submit_chunk((1, chunk), run)
+    rig.copies.submit_loads([(2, runs[4:6])])
+    for chunk, run in enumerate(runs[6:]):
+        rig.copies.submit_chunk((3, chunk), run)
+    rig.copies.wait_all()
+    rig.copies.end_step()
+    chunks = [(1, at) for at in range(4)] + [(3, at) for at in range(len(runs[6:]))]
+    assert soon(rig.copies.chunks_loaded, len(chunks)) == chunks
+    assert soon(rig.copies.loaded, 1) == [2]
+    check_loaded(rig, before, runs)
+
+
+@pytest.mark.parametrize("slow", ["caller", "bus"])
+def test_a_chunk_stays_behind_what_the_callers_stream_did_before(rig: Rig, slow: str) -> None:
+    """Its blocks were somebody else's a moment ago, and may just have been zeroed."""
+    rig.delay(slow)
+    for memory in rig.memory:
+        memory.fill_(9)
+    before = [torch.full(memory.shape, 9, dtype=torch.uint8) for memory in rig.memory]
+    runs = [Run(slot, 0, [4 * slot, 4 * slot + 1, 4 * slot + 2, 4 * slot + 3]) for slot in range(4)]
+    for chunk, run in enumerate(runs):
+        rig.copies.submit_chunk((1, chunk), run)
+    assert soon(rig.copies.chunks_loaded, 4) == [(1, chunk) for chunk in range(4)]
+    check_loaded(rig, before, runs)
+
+
+def test_a_chunk_is_named_when_its_slot_is_not_read_any_more(rig: Rig) -> None:
+    rig.delay("bus")
+    before = rig.slots.tensor.clone()
+    rig.copies.submit_chunk((1, 0), Run(2, 0, [6, 7, 8, 9]))
+    assert soon(rig.copies.chunks_loaded, 1) == [(1, 0)]
+    rig.slots.tensor.fill_(0)
+    rig.settle()
+    for layer, size in enumerate(PAGE_BYTES):
+        first = LAYOUT.offsets[layer]
+        stored = bytes(before[2, first : first + 4 * size].numpy())
+        assert b"".join(rig.page(layer, block) for block in (6, 7, 8, 9)) == stored
+
+
+def test_finish_waits_for_chunks(rig: Rig) -> None:
+    before = rig.snapshot()
+    rig.delay("bus")
+    run = Run(2, 0, [6, 7, 8, 9])
+    rig.copies.submit_chunk((1, 0), run)
+    rig.copies.finish()
+    assert rig.copies.chunks_loaded() == [(1, 0)]
+    check_loaded(rig, before, [run])
+
+
 def test_steps_without_loads_do_nothing(rig: Rig) -> None:
     before = rig.snapshot()
     rig.copies.submit_loads([])
@@ -297,6 +370,7 @@ def test_steps_without_loads_do_nothing(rig: Rig) -> None:
     rig.copies.wait_all()
     rig.copies.end_step()
     assert rig.copies.loaded() == [] and rig.copies.saved() == []
+    assert rig.copies.chunks_loaded() == []
     assert all(torch.equal(a, b) for a, b in zip(rig.snapshot(), before, strict=True))
 
 

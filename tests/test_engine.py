@@ -5,6 +5,7 @@ weights are scaled so that one wrong page shows. Engines of one process group sh
 makes a start cost seconds; what must be another process is one.
 """
 
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from benchmarks.engine import run_engines
 from benchmarks.servers import seaweedfs
 from benchmarks.tiny_model import prompt_tokens, write_model
+from objectcache.keys import chunk_hashes, root_hash
 
 CHUNK, BLOCK = 256, 128
 BASE = prompt_tokens(2000, seed=1)
@@ -346,6 +348,53 @@ def test_abort_during_a_load(
     assert_equal_steps(last, whole["whole"], SITUATIONS["whole"], written((cold, FILL)))
     assert cached(last) == [1792]
     assert_nothing_left(report)
+
+
+def test_a_prefix_larger_than_the_ring(model: Path, baseline: Report, tmp_path: Path) -> None:
+    """7 chunks through a ring of 4; one is corrupt, or vanishes. The engine goes on, and heals it."""
+
+    def engine(folder: Path, ring: int, steps: list[Step]) -> dict[str, Any]:
+        transfer = {
+            "kv_connector": "ObjectCacheConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"url": f"file://{folder}", "ring_bytes": ring},
+        }
+        return {"kwargs": {"model": str(model), "kv_transfer_config": transfer}, "steps": steps}
+
+    whole, corrupt = tmp_path / "whole", tmp_path / "corrupt"
+    (first,) = run_engines([engine(whole, 64 << 20, [ask(BASE), *SETTLE])])
+    objects = {
+        at: next(path for path in whole.rglob("*") if name.hex() in path.name)
+        for at, name in enumerate(chunk_hashes(BASE, CHUNK, root_hash()))
+    }
+    ring = 4 * objects[0].stat().st_size
+    shutil.copytree(whole, corrupt)
+    spoilt = corrupt / objects[4].relative_to(whole)
+    body = spoilt.read_bytes()
+    spoilt.unlink()
+    spoilt.write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    vanishes = {"do": "remove", "file": str(objects[3])}  # the engine knows it, and does not ask
+    twice = [ask(BASE), *SETTLE, FORGET, ask(BASE), *SETTLE]
+    reports = run_engines(
+        [
+            engine(corrupt, ring, [*twice, {"do": "metrics"}]),
+            engine(whole, ring, [ask(BASE), FORGET, vanishes, *twice, {"do": "metrics"}]),
+        ]
+    )
+    wanted = by_name(baseline, SITUATIONS)["whole"]
+    pages = answers(first)[0]["requests"][0]["pages"]
+    for report, came in zip(reports, ((4, 7), (7, 3, 7)), strict=True):
+        asked = [step for step in answers(report) if "pages" in step["requests"][0]]
+        for step, chunks in zip(asked, came, strict=True):
+            assert_equal_steps(step, wanted, SITUATIONS["whole"], {})
+            for layer, loaded in step["requests"][0]["pages"].items():
+                assert loaded[: chunks * CHUNK // BLOCK] == pages[layer][: chunks * CHUNK // BLOCK]
+        assert metric(report, "vllm:objectcache_hit_tokens_total") == sum(came) * CHUNK
+        assert metric(report, "vllm:objectcache_failed_reads_total") == 0
+        assert_nothing_left(report)
+    assert metric(reports[0], "vllm:objectcache_corrupt_chunks_total") == 1
+    assert metric(reports[1], "vllm:objectcache_missing_chunks_total") == 1
 
 
 def test_under_torch_compile(model: Path, bucket: Bucket) -> None:

@@ -56,11 +56,14 @@ MAP: dict[str, str] = {
     "pages": "torch vllm-late",
     # work on a loop
     "lookup": "asyncio threads",
+    "reading": "asyncio",
+    "through": "asyncio",
     "streamer": "asyncio",
     "saver": "asyncio clock",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
+    "parked": "threads torch vllm",
     "scheduler": "asyncio clock vllm",
     "worker": "threads torch vllm",
     "connector": "torch vllm chance",
@@ -96,8 +99,9 @@ BROAD = {
     ("stores.receiver", "_step"): "it ends one exchange, and is raised where that is waited for",
     ("stores.receiver", "_outlast"): "a thread may still write to the caller's memory",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
-    ("streamer", "_bring"): "the slot is held until its reads have ended",
-    ("streamer", "_outcomes"): "reads may still write to slots",
+    ("through", "_run"): "the stream ends all the same and gives its slots back",
+    ("reading", "_bring"): "the slot is held until its reads have ended",
+    ("reading", "_outcomes"): "reads may still write to slots",
     ("stores.s3_obstore", "_take"): "its caller raises it again, on the loop",
     ("stores.outlast", "outlast"): "a thread may still write to the caller's memory",
 }

@@ -37,7 +37,6 @@ class Rig:
             loop,
             self.store,
             LAYOUT,
-            self.ring,
             Shelf(self.ring),
             lambda slot: memoryview(self.memory[slot]),
             timeout_s,

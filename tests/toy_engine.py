@@ -19,6 +19,7 @@ import torch
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -62,6 +63,7 @@ class ToyEngine:
         policy: str = "fcfs",
         seed: int = 0,
         hooks_fire: bool = True,
+        failure_policy: str = "recompute",
     ) -> None:
         config = _config(
             model,
@@ -73,6 +75,7 @@ class ToyEngine:
             kv_role,
             prefix_caching,
             policy,
+            failure_policy,
         )
         cache = _kv_cache_config(blocks, block_tokens, layers)
         config.cache_config.num_gpu_blocks = blocks
@@ -96,10 +99,12 @@ class ToyEngine:
         hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(hash_fn)
         self._hasher = get_request_block_hasher(block_tokens, hash_fn)
+        self._aggregator = KVOutputAggregator(ranks)
         self._made = 0
         self.outputs: dict[str, list[int]] = {}
         self.cached: dict[str, int] = {}  # request -> tokens it did not have to compute at first
-        self.stats: dict[str, int] = {}
+        self.stats: dict[str, int] = {}  # of the workers
+        self.totals: dict[str, int] = {}  # as on /metrics: of both halves
         self.steps = 0
 
     # ---- what a user does
@@ -144,8 +149,7 @@ class ToyEngine:
         output = self.scheduler.schedule()
         for new in output.scheduled_new_reqs:
             self.cached[new.req_id] = new.num_computed_tokens
-        reports = [worker.run(output) for worker in self.workers]
-        self.scheduler.update_from_output(output, self._sampled(output, reports))
+        self._execute(output)
         if not output.total_num_scheduled_tokens:
             time.sleep(0.0005)  # as the engine core does when nobody can run
         return True
@@ -177,9 +181,14 @@ class ToyEngine:
         self.idle_step()
 
     def idle_step(self) -> None:
-        output = self.scheduler.schedule()
+        self._execute(self.scheduler.schedule())
+
+    def _execute(self, output: Any) -> None:
         reports = [worker.run(output) for worker in self.workers]
-        self.scheduler.update_from_output(output, self._sampled(output, reports))
+        outputs = self.scheduler.update_from_output(output, self._sampled(output, reports))
+        for client in outputs.values():
+            if client.scheduler_stats is not None:
+                _add(self.totals, client.scheduler_stats.kv_connector_stats)
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -208,8 +217,18 @@ class ToyEngine:
             req_ids=names,
             req_id_to_index={name: at for at, name in enumerate(names)},
             sampled_token_ids=sampled,
-            kv_connector_output=_joined(reports, self.stats),
+            kv_connector_output=self._joined(reports),
         )
+
+    def _joined(self, reports: list[KVConnectorOutput | None]) -> KVConnectorOutput | None:
+        """What vLLM makes of several ranks' outputs; a request is parked until all ranks named it."""
+        if self.connector is None:
+            return None
+        outputs = [ModelRunnerOutput([], {}, kv_connector_output=report) for report in reports]
+        joined = self._aggregator.aggregate(outputs).kv_connector_output
+        if joined.kv_connector_stats is not None:
+            _add(self.stats, joined.kv_connector_stats.data)
+        return joined
 
 
 class _Worker:
@@ -252,7 +271,7 @@ class _Worker:
             return None
         connector = self.connector
         meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
-        for load in getattr(meta, "loads", []):
+        for load in [*getattr(meta, "loads", []), *getattr(meta, "streams", [])]:
             for page in self.pages:
                 page[load.block_ids] = POISON
         connector.handle_preemptions(meta)
@@ -272,6 +291,7 @@ class _Worker:
         result.finished_sending, result.finished_recving = connector.get_finished(
             output.finished_req_ids
         )
+        result.invalid_block_ids = connector.get_block_ids_with_load_errors()
         result.kv_connector_stats = connector.get_kv_connector_stats()
         result.kv_connector_worker_meta = pickle.loads(
             pickle.dumps(connector.build_connector_worker_meta())
@@ -291,10 +311,9 @@ class _Worker:
         for layer, layer_name in enumerate(self.kv):
             page = self.pages[layer]
             for _, blocks, start, end, rows in batch:
-                for at in range(start, end):
-                    page[blocks[at // self.engine.block_tokens], at % self.engine.block_tokens] = (
-                        rows[layer][at]
-                    )
+                at = torch.arange(start, end)
+                where = torch.tensor(blocks)[at // self.engine.block_tokens]
+                page[where, at % self.engine.block_tokens] = rows[layer][start:end]
             wait_for_layer(layer_name)
             for name, blocks, _, end, rows in batch:
                 table = torch.tensor(blocks)
@@ -314,36 +333,21 @@ class _Worker:
                 )
             ).encode()
         )
-        rows = [bytearray() for _ in range(self.engine.layers)]
+        digests = bytearray()
         for token in list(request.all_token_ids)[:end]:
             state.update(token.to_bytes(4, "little"))
-            digest = state.digest()
-            for layer, row in enumerate(rows):
-                row += bytes(b ^ (layer + 1) for b in digest)
-        return [torch.frombuffer(row, dtype=torch.uint8).view(-1, ROW_BYTES) for row in rows]
+            digests += state.digest()
+        rows = torch.frombuffer(digests, dtype=torch.uint8).view(-1, ROW_BYTES)
+        return [rows ^ (layer + 1) for layer in range(self.engine.layers)]
 
     def stop(self) -> None:
         if self.connector is not None:
             self.connector.shutdown()
 
 
-def _joined(
-    reports: list[KVConnectorOutput | None], stats: dict[str, int]
-) -> KVConnectorOutput | None:
-    """What vLLM's aggregator makes of several ranks' outputs."""
-    real = [report for report in reports if report is not None]
-    if not real:
-        return None
-    metas = [r.kv_connector_worker_meta for r in real if r.kv_connector_worker_meta is not None]
-    joined = KVConnectorOutput()
-    for meta in metas:
-        old = joined.kv_connector_worker_meta
-        joined.kv_connector_worker_meta = meta if old is None else old.aggregate(meta)
-    for report in real:
-        if report.kv_connector_stats is not None:
-            for name, count in report.kv_connector_stats.data.items():
-                stats[name] = stats.get(name, 0) + count
-    return joined
+def _add(counts: dict[str, int], more: dict[str, int] | None) -> None:
+    for name, count in (more or {}).items():
+        counts[name] = counts.get(name, 0) + count
 
 
 def _config(
@@ -356,6 +360,7 @@ def _config(
     kv_role: str,
     prefix_caching: bool,
     policy: str,
+    failure_policy: str,
 ) -> VllmConfig:
     transfer = (
         None
@@ -364,7 +369,7 @@ def _config(
             "kv_connector": "ObjectCacheConnector",
             "kv_connector_module_path": "objectcache.connector",
             "kv_role": kv_role,
-            "kv_load_failure_policy": "recompute",
+            "kv_load_failure_policy": failure_policy,
             "kv_connector_extra_config": extra,
         }
     )

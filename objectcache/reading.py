@@ -1,0 +1,142 @@
+"""Reads chunks into their places, each checked layer by layer as its bytes land. Not whose places: see shelf.py; not which chunks when: see streamer.py and through.py.
+
+All state belongs to the loop.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from objectcache.errors import Corrupt, ObjectCacheError, Unavailable
+from objectcache.format import ObjectLayout, Part, Verifier
+from objectcache.loop import LoopThread
+from objectcache.plan import Limits, plan
+from objectcache.report import log
+from objectcache.shelf import Place, Shelf
+from objectcache.stores.base import Store
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """An object being read; `work` returns why it failed, None if it did not."""
+
+    verifier: Verifier
+    work: "asyncio.Task[BaseException | None]"
+
+    def failure(self) -> ObjectCacheError:
+        """Why it is not there, for a user; it did not come in time if it may still come."""
+        error = self.work.result() if self.work.done() and not self.work.cancelled() else None
+        if isinstance(error, ObjectCacheError):
+            return error
+        if error is None or isinstance(error, asyncio.CancelledError):
+            return Unavailable(
+                "the chunks did not come in time.", "raise stage_timeout_ms, or look at the store."
+            )
+        log.error("objectcache met a bug while reading a chunk", exc_info=error)
+        return Unavailable(f"reading a chunk ended in {type(error).__name__}.")
+
+
+class Reads:
+    """`slot_view(slot)` is the memory of a slot, at least object_bytes long; `ended(place)` is called
+    when nothing writes to a place any more."""
+
+    def __init__(
+        self,
+        loop: LoopThread,
+        store: Store,
+        layout: ObjectLayout,
+        shelf: Shelf,
+        slot_view: Callable[[int], memoryview],
+        ended: Callable[[Place], None],
+    ) -> None:
+        self._loop = loop
+        self._store = store
+        self._layout = layout
+        self._shelf = shelf
+        self._slot_view = slot_view
+        self._ended = ended
+        self._chunks: dict[Place, Chunk] = {}
+
+    def of(self, places: Iterable[Place]) -> dict[Place, Chunk]:
+        """Those of the places that are being read, in their order."""
+        return {place: self._chunks[place] for place in places if place in self._chunks}
+
+    def start(self, places: Sequence[Place], chunk_hashes: Sequence[bytes]) -> None:
+        """Read these chunks together, in the order of a plan."""
+        verifiers = [
+            Verifier(self._layout, chunk_hash, self._view(place))
+            for place, chunk_hash in zip(places, chunk_hashes, strict=True)
+        ]
+        reads: list[list[asyncio.Future[None]]] = [[] for _ in places]
+        for chunk, first, last in self._fetches(len(places)):
+            part = verifiers[chunk].part(first, last)
+            reads[chunk].append(asyncio.ensure_future(self._read_part(places[chunk], part)))
+        for place, verifier, parts in zip(places, verifiers, reads, strict=True):
+            self._bring_soon(place, verifier, parts)
+
+    def start_whole(self, place: Place, chunk_hash: bytes) -> None:
+        """Read one chunk by one GET: of chunks that are wanted one after the other the first counts."""
+        verifier = Verifier(self._layout, chunk_hash, self._view(place))
+        part = verifier.part(0, len(self._layout.slice_bytes))
+        read = asyncio.ensure_future(self._read_part(place, part))
+        self._bring_soon(place, verifier, [read])
+
+    def _bring_soon(
+        self, place: Place, verifier: Verifier, reads: "list[asyncio.Future[None]]"
+    ) -> None:
+        work = self._loop.spawn(self._bring(place, verifier, reads))
+        self._chunks[place] = Chunk(verifier, work)
+
+    def _fetches(self, chunks: int) -> Iterable[tuple[int, int, int]]:
+        """(chunk, first layer, last layer) of each GET, in the order to issue."""
+        pace = self._store.pace()
+        if pace is None or not chunks:
+            return [(chunk, 0, len(self._layout.slice_bytes)) for chunk in range(chunks)]
+        limits = Limits(pace.connections, part_bytes=pace.part_bytes)
+        return plan(chunks, self._layout, pace.model, limits).fetches()
+
+    async def _read_part(self, place: Place, part: Part) -> None:
+        whole = part.span == slice(0, self._layout.object_bytes)
+        await self._store.read(
+            place.key,
+            self._view(place)[part.span],
+            start=None if whole else part.span.start,
+            marks=part.marks,
+            landed=part.landed,
+        )
+
+    async def _bring(
+        self, place: Place, verifier: Verifier, reads: "list[asyncio.Future[None]]"
+    ) -> BaseException | None:
+        """Wait for a chunk's reads and return why it failed; its slot is held until the last has ended."""
+        error: BaseException | None = None
+        try:
+            await asyncio.wait(reads, return_when=asyncio.FIRST_EXCEPTION)
+        except asyncio.CancelledError as cancelled:
+            error = cancelled
+        for read in reads:
+            read.cancel()
+        failures = [failure for failure in await _outcomes(reads) if failure is not None]
+        # The first to fail had the others cancelled.
+        failures.sort(key=lambda failure: isinstance(failure, asyncio.CancelledError))
+        if error is None and failures:
+            error = failures[0]
+        if error is None and not verifier.complete:
+            error = Corrupt(f"{place.key} ended before its last layer.")
+        del self._chunks[place]
+        self._shelf.read_ended(place, verified=error is None)
+        self._ended(place)
+        return error
+
+    def _view(self, place: Place) -> memoryview:
+        return self._slot_view(place.slot)[: self._layout.object_bytes]
+
+
+async def _outcomes(reads: "list[asyncio.Future[None]]") -> "list[BaseException | None]":
+    """How each read ended, once all have; also if the caller is cancelled meanwhile."""
+    while pending := [read for read in reads if not read.done()]:
+        try:
+            await asyncio.wait(pending)
+        except asyncio.CancelledError:
+            continue  # whoever cancels gets its wish: this ends when the reads do
+    return [asyncio.CancelledError() if read.cancelled() else read.exception() for read in reads]
