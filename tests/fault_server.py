@@ -133,9 +133,10 @@ class FaultProxy:
         if self._server is not None:
             self._server.close()
             self._server = None
-        for task in list(self._serving):
-            task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
+        while self._serving:  # a cancellation may get lost between two exchanges
+            for task in list(self._serving):
+                task.cancel()
+            await asyncio.wait(list(self._serving), timeout=0.1)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1

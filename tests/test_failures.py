@@ -98,12 +98,12 @@ def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
 def engine(model: Path, proxy: FaultProxy) -> Iterator[Callable[..., ToyEngine]]:
     made: list[ToyEngine] = []
 
-    def make(prefix: str = "warm", **more: object) -> ToyEngine:
+    def make(prefix: str = "warm", layers: int = 3, **more: object) -> ToyEngine:
         extra = {
             "url": f"s3://kvcache/{prefix}", "endpoint_url": proxy.url, "chunk_tokens": CHUNK, "ring_bytes": "4MiB",
             "lookup_timeout_ms": 700, "stage_timeout_ms": 900, "connect_timeout_ms": 300, "read_timeout_ms": 400, "attempts": 2,
         }  # fmt: skip
-        made.append(ToyEngine(model, extra | more))
+        made.append(ToyEngine(model, extra | more, layers=layers))
         return made[-1]
 
     yield make
@@ -283,6 +283,33 @@ def test_down_between_staging_and_the_load(
     one.run()
     assert [one.outputs[name]] == want and one.cached[name] == 960
     proxy.up()
+
+
+@pytest.mark.parametrize("came", [1, 4, 8])
+def test_down_while_a_prefix_streams(
+    engine: Callable[..., ToyEngine],
+    proxy: FaultProxy,
+    want: list[list[int]],
+    warnings: Warnings,
+    came: int,
+) -> None:
+    """15 chunks through a ring of 4: what came is used, the rest is computed, and later it hits again."""
+    first = engine("streams", layers=60, ring_bytes="64MiB")
+    first.generate(PROMPT)
+    first.settle()
+    one = engine("streams", layers=60, ring_bytes="1MiB")
+    name = one.add(PROMPT)
+    while one.stats.get("get_requests", 0) < came:
+        one.step()
+    assert one.scheduler.requests[name].status.name == "WAITING_FOR_REMOTE_KVS"
+    proxy.down()
+    one.run()
+    assert [one.outputs[name]] == want
+    assert one.cached[name] % CHUNK == 0 and one.cached[name] < 960
+    assert one.totals.get("hit_tokens", 0) == one.cached[name]
+    assert_one_warning_each(warnings)
+    proxy.up()
+    _wait_for_a_hit(one, want)
 
 
 def test_the_start_is_refused_if_the_user_wants_it_so(
