@@ -297,10 +297,10 @@ def test_down_while_a_prefix_streams(
     first = engine("streams", layers=60, ring_bytes="64MiB")
     first.generate(PROMPT)
     first.settle()
-    one = engine("streams", layers=60, ring_bytes="1MiB")
+    one = engine("streams", layers=60, ring_bytes="1MiB", lookup_timeout_ms=5000)
     name = one.add(PROMPT)
     while one.stats.get("get_requests", 0) < came:
-        one.step()
+        assert one.step()
     assert one.scheduler.requests[name].status.name == "WAITING_FOR_REMOTE_KVS"
     proxy.down()
     one.run()
