@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fakes import eventually
 from fault_server import Fault, FaultProxy, Request, cut
 from toy_engine import ToyEngine, prompt
 
@@ -278,11 +279,14 @@ def test_down_between_staging_and_the_load(
     name = one.add(PROMPT)
     while not any(worker.leased_slots for worker in one.workers):
         one.step()
-    time.sleep(0.5)  # all is staged, though the scheduler has not heard of it
+    # Until all is staged, though the scheduler has not heard of it.
+    assert eventually(lambda: all(w.connector._worker._results for w in one.workers))
     proxy.down()
-    one.run()
-    assert [one.outputs[name]] == want and one.cached[name] == 960
-    proxy.up()
+    try:
+        one.run()
+        assert [one.outputs[name]] == want and one.cached[name] == 960
+    finally:
+        proxy.up()
 
 
 @pytest.mark.parametrize("came", [1, 4, 8])
