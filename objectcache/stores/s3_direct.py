@@ -181,7 +181,7 @@ class DirectStore(Store):
         check_key(key)
         endpoint = await self._ready()
         if endpoint.why_not:
-            self._say(endpoint.why_not, logging.INFO)
+            self._say(endpoint.why_not)
         if endpoint.why_not or (start is not None and not len(into)):  # HTTP has no empty range
             await self._others.read(key, into, start=start, marks=marks, landed=landed)
             return
@@ -205,11 +205,11 @@ class DirectStore(Store):
     def _is_closed(self) -> Unavailable:
         return Unavailable(f"{self.name} is closed.")
 
-    def _say(self, why: str, level: int) -> None:
+    def _say(self, why: str) -> None:
+        # No warning: if it comes to nothing, the slower path's error is one.
         if why not in self._said:
             self._said.add(why)
-            _LOG.log(
-                level,
+            _LOG.info(
                 "%s %s: such reads do not go straight into memory, but by a slower path",
                 self._library.place.endpoint,
                 why,
@@ -224,7 +224,7 @@ class DirectStore(Store):
                 return
             read.handed_over = True
             self.counters.handed_over += 1
-            self._say(odd, logging.WARNING)
+            self._say(odd)
         await self._library.receive(read.key, read.fill, until)
 
     async def _get(self, endpoint: "_Endpoint", read: _Read, until: float) -> str:

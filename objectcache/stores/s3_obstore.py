@@ -209,7 +209,7 @@ class ObstoreStore(Store):
     def _tell(self, why: str) -> None:
         if why and why not in self._told:
             self._told.add(why)
-            _LOG.warning(
+            _LOG.info(  # no warning: if it comes to nothing, the library path's error is one
                 "%s: obstore leaves requests to aiobotocore because of %s (said once)",
                 self.name,
                 why,
