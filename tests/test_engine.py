@@ -150,11 +150,11 @@ def assert_equal(report: Report, baseline: Report, names: Iterable[str], saved: 
         assert_equal_steps(step, wanted[name], SITUATIONS[name], saved)
 
 
-def assert_nothing_left(report: Report) -> None:
+def assert_nothing_left(report: Report, stop_limit_s: float = 5.0) -> None:
     left = report["left"]
     assert [t for t in left["threads"] if "objectcache" in t] == []
     assert left["processes"] == [] and left["connections"] == []
-    assert report["stop_s"] < 5
+    assert report["stop_s"] < stop_limit_s
 
 
 @pytest.fixture(scope="module")
@@ -426,16 +426,14 @@ def test_three_processes_as_under_serve(
     model: Path, bucket: Bucket, warm: list[Report], baseline: Report
 ) -> None:
     """Front end, scheduler and worker apart: messages cross processes, and shutdown comes by signal."""
-    (report,) = run_engines(
-        [
-            {
-                "kwargs": {"model": str(model), "kv_transfer_config": bucket.transfer()},
-                "steps": [ask(BASE, pages=False), *SETTLE, {"do": "metrics"}],
-            }
-        ],
+    steps = [ask(BASE, pages=False), *SETTLE, {"do": "metrics"}]
+    on = {"model": str(model), "kv_transfer_config": bucket.transfer()}
+    off, report = run_engines(
+        [{"kwargs": {"model": str(model)}, "steps": steps}, {"kwargs": on, "steps": steps}],
         env=bucket.env(hash_seed=8),
         one_process=False,
     )
     assert tokens(answers(report)[0]) == tokens(answers(baseline)[0])
     assert cached(answers(report)[0]) == [1792]
-    assert_nothing_left(report)
+    # vLLM gives its processes 5 s; on some machines it needs, and takes, more than that itself.
+    assert_nothing_left(report, stop_limit_s=max(5.0, off["stop_s"] + 1.0))
