@@ -197,7 +197,12 @@ def test_lookups_that_fail(
     assert time.monotonic() - began < 3
     assert one.cached["r1"] == 0
     if not name.startswith("404"):  # the answer to a HEAD has no body to say what is missing
-        assert any("look up chunks" in line for line in warnings.lines)
+
+        def warned() -> bool:
+            one.generate(PROMPT[:9])  # the end of a lookup is heard in a step
+            return any("look up chunks" in line for line in warnings.lines)
+
+        assert eventually(warned)
     assert_one_warning_each(warnings)
 
 
