@@ -23,7 +23,7 @@ GREEDY = {"max_tokens": 12}
 SEEDED = {"max_tokens": 12, "temperature": 1.0, "seed": 7}
 FORGET = {"do": "forget"}
 SETTLE = [
-    {"do": "wait", "seconds": 0.5},
+    {"do": "wait", "seconds": 1.5},
     {"do": "generate", "prompts": [{"prompt_token_ids": [9, 8, 7]}], "sampling": {"max_tokens": 1}},
 ]
 
