@@ -50,7 +50,7 @@ from objectcache.format import Verifier
 PACED_GB_PER_S = 10.0
 CROWD, PACED_CROWD = 64, 8  # chunks at once
 # The sizes of Llama-3.1-8B; what is made of them is random.
-GEOMETRY = {
+GEOMETRY: dict[str, Any] = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"},
     **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
     **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},

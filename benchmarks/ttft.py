@@ -137,7 +137,7 @@ class Run:
             began = time.monotonic()
             session.write(WARM_UP, 0)
             for case, number in ((case, n) for case in cases for n in range(self._rounds)):
-                if time.monotonic() > self._until:
+                if self.time_is_up:
                     break
                 wrong = session.write(case, number)
                 if wrong:
@@ -149,6 +149,10 @@ class Run:
             return False
         self._processes.stop()
         return True
+
+    @property
+    def time_is_up(self) -> bool:
+        return time.monotonic() > self._until
 
     def skip(self, wanted: Iterable[Wanted], store: str, why: str) -> None:
         for system, case in wanted:
@@ -169,7 +173,7 @@ class Run:
             session.begin(process, list(dict.fromkeys(cases)), self._until + GRACE_S)
         except (EngineGone, RuntimeError) as gone:
             self._processes.end()
-            if time.monotonic() < self._until:
+            if not self.time_is_up:
                 say(f"{name} is left out: {gone}")
                 self.skip(wanted, session.place.name if session.place else "none", str(gone))
             else:
@@ -183,7 +187,7 @@ class Run:
         runs = [(system, case) for system, case in wanted if system != "decodes"]
         for number in range(self._rounds):
             for system, case in runs:
-                if time.monotonic() > self._until:
+                if self.time_is_up:
                     say(f"time is up in round {number + 1}")
                     return
                 sample = session.sample(system, case, number)
@@ -193,14 +197,14 @@ class Run:
                 samples = self._samples.setdefault(key, [])
                 samples.append(sample)
                 self._put(system, case, store, said(samples, case, system))
-        assert not decodes or isinstance(session, Reading)
         for case in decodes:
+            assert isinstance(session, Reading)
             self._decodes(session, case, store)
 
     def _decodes(self, session: Reading, case: Case, store: str) -> None:
         rounds: list[dict[str, Any]] = []
         for number in range(self._rounds):
-            if time.monotonic() > self._until:
+            if self.time_is_up:
                 say(f"time is up in round {number + 1} of the decodes")
                 return
             found, wrong = session.decodes(case, range(self._rounds))
@@ -305,6 +309,7 @@ def sessions(
 ) -> None:
     """All of them, in the order of the plan; prefixes are written once and move on with the stores."""
     prefixes = list(written(plan))
+    readers = [store for (kind, store), wanted in plan.items() if kind is Reading and wanted]
     lies_in = ""
     for (kind, store), wanted in plan.items():
         place = places.get(store)
@@ -315,19 +320,20 @@ def sessions(
             continue
         if not wanted:
             continue
-        if kind is Reading:
-            if not lies_in:
-                say("no prefixes were written, so none are read")
+        if kind is Reading and lies_in != store:
+            if not lies_in or run.time_is_up:
+                say(f"there are no prefixes in {store}, so none are read")
                 continue
-            if lies_in != store:
-                began = time.monotonic()
-                places[lies_in].move_to(places[store])
-                say(f"prefixes moved to {store} in {time.monotonic() - began:.0f} s")
-                lies_in = store
+            began = time.monotonic()
+            places[lies_in].move_to(places[store])
+            say(f"prefixes moved to {store} in {time.monotonic() - began:.0f} s")
+            lies_in = store
         if kind is S3Tier and importlib.util.find_spec("nixl") is None:
             run.skip(wanted, store, "there is no nixl: see requirements/benchmarks.txt")
             continue
         run.session(kind(setup, place), wanted)
+        if kind is Reading and store == readers[-1]:
+            places[store].give_room()  # to vLLM's tiers
 
 
 def _stores(args: argparse.Namespace) -> list[str]:
@@ -349,11 +355,11 @@ def _stores(args: argparse.Namespace) -> list[str]:
 def _systems(args: argparse.Namespace) -> list[str]:
     extra = ["saving"] * (args.overhead == "save") + ["decodes"] * args.decodes
     asked = args.systems
-    if not asked and extra:
-        asked = "recompute" if "saving" in extra else ""
-    elif not asked:
+    if not asked and not extra:
         asked = "recompute,hbm,local,objectcache" if args.smoke else ",".join(SYSTEMS)
-    found = [name for name in asked.split(",") if name] + extra
+    if "saving" in extra:
+        extra.append("recompute")  # what it is compared with
+    found = list(dict.fromkeys([name for name in asked.split(",") if name] + extra))
     unknown = set(found) - {*SYSTEMS, *EXTRA}
     if unknown:
         raise SystemExit(f"no system {', '.join(sorted(unknown))}: take {', '.join(SYSTEMS)}.")

@@ -57,6 +57,10 @@ class Place(ABC):
     def clear(self) -> None:
         _for_each(self.keys(), self.remove)
 
+    def give_room(self) -> None:
+        """Clear it so that its memory is free again. No engine may be using it."""
+        self.clear()
+
     def move_to(self, other: Place) -> None:
         """Objects keep their names. Nothing lies twice but what is on its way."""
 
@@ -130,27 +134,38 @@ class Files(Bucket):
         (self._folder / key).unlink(missing_ok=True)
 
 
+class Weed(Bucket):
+    """In SeaweedFS, which gives nothing back for objects that are deleted."""
+
+    def __init__(self, server: SeaweedFS, *place: Any, **more: Any) -> None:
+        super().__init__(*place, **more)
+        self._server = server
+
+    def give_room(self) -> None:
+        self._server.stop()
+        shutil.rmtree(self._server.root)
+        self._server.start()
+
+
 @contextmanager
 def local_place(name: str, folder: Path) -> Iterator[Place]:
     """A server of this run and its data, both below `folder`. Raises ServerError."""
-    server: Server
-    objects = folder / "objects"
     if name == "nginx":
-        (objects / BUCKET).mkdir(parents=True)
+        objects = folder / "objects" / BUCKET
+        objects.mkdir(parents=True)
         workers = max(1, len(os.sched_getaffinity(0)) // 2)
-        server = Nginx(folder / "nginx", BUCKET, objects, workers, writable=True)
+        with Nginx(folder / name, BUCKET, objects.parent, workers, writable=True) as server:
+            yield Files(objects, name, BUCKET, "kv", server.client(), **_known(server))
     else:
-        server = SeaweedFS(folder / name, BUCKET, _PIECE_MIB, _VOLUME_MIB)
-    with server:
-        env = {k: v for k, v in server.env.items() if k != "AWS_ENDPOINT_URL_S3"}
-        env["AWS_EC2_METADATA_DISABLED"] = "true"
-        client = server.client()
-        known = {"endpoint_url": server.endpoint_url, "region": REGION, "env": env}
-        if name == "nginx":
-            yield Files(objects / BUCKET, name, BUCKET, "kv", client, **known)
-        else:
-            yield Bucket(name, BUCKET, "kv", client, **known)
-        client.close()
+        weed = SeaweedFS(folder / name, BUCKET, _PIECE_MIB, _VOLUME_MIB)
+        with weed:
+            yield Weed(weed, name, BUCKET, "kv", weed.client(), **_known(weed))
+
+
+def _known(server: Server) -> dict[str, Any]:
+    env = {name: text for name, text in server.env.items() if name != "AWS_ENDPOINT_URL_S3"}
+    env["AWS_EC2_METADATA_DISABLED"] = "true"
+    return {"endpoint_url": server.endpoint_url, "region": REGION, "env": env}
 
 
 @contextmanager
