@@ -29,7 +29,14 @@ _LOG_TAIL_BYTES = 20_000
 
 
 class EngineGone(RuntimeError):
-    """The process died, hangs, or could not do what it was told. The message says why."""
+    """The process died, hangs, or could not do what it was told. The message says why.
+
+    `told`: it lives, and said so itself.
+    """
+
+    def __init__(self, why: str, told: bool = False) -> None:
+        super().__init__(why)
+        self.told = told
 
 
 class EngineProcess:
@@ -67,7 +74,7 @@ class EngineProcess:
             raise EngineGone(self._why()) from None
         answer: dict[str, Any] = json.loads(self._line(command["do"], limit_s))
         if "error" in answer:
-            raise EngineGone(root_cause(answer["error"], self._tail()))
+            raise EngineGone(root_cause(answer["error"], self._tail()), told=True)
         return answer
 
     def end(self) -> None:

@@ -295,14 +295,14 @@ class Saving(Ours):
     def warm_up(self, prompt: list[int]) -> None:
         self._save(prompt)  # nothing of it is on its way when a run begins
 
-    def sample(self, system: str, case: Case, number: int) -> Sample:
-        """A run begins when all chunks of the one before are written."""
-        return self._save(self.setup.prompts.fresh(case.context_tokens))
+    def prepare(self, cases: Sequence[Case]) -> None:
+        self._discard()
 
-    def discard(self) -> None:
-        """Make room: nobody reads what was saved so far."""
-        assert self.place is not None
-        self.place.clear()
+    def sample(self, system: str, case: Case, number: int) -> Sample:
+        """A run begins when all chunks of the one before are written, and removed."""
+        sample = self._save(self.setup.prompts.fresh(case.context_tokens))
+        self._discard()
+        return sample
 
     def write(self, case: Case, number: int) -> str:
         """Leave a prefix in the store; why not, or ""."""
@@ -311,6 +311,11 @@ class Saving(Ours):
             written, chunks = sample.counted["written_bytes"], sample.counted["saved_chunks"]
             self.setup.chunk_bytes = written / chunks
         return sample.wrong
+
+    def _discard(self) -> None:
+        """Make room: nobody reads what was saved so far."""
+        assert self.place is not None
+        self.place.clear()
 
     def _save(self, prompt: list[int]) -> Sample:
         chunks = len(prompt) // CHUNK_TOKENS

@@ -34,7 +34,6 @@ from benchmarks.ttft_systems import (
 )
 from objectcache.ring import Ring
 from objectcache.shelf import Shelf
-from objectcache.worker import STREAM_SHARE
 
 LONG, SHORT = Case(2048, 0.75), Case(1024, 0.5)
 CHUNK_BYTES = 1000
@@ -45,13 +44,15 @@ SYSTEMS = ["recompute", "hbm", "local", "objectcache", "vllm-cpu", "vllm-s3"]
 
 
 class ToyProcess:
-    """Where the chunks of prompts lie; what vLLM and objectcache would say of a prompt. Takes no time."""
+    """Where the chunks of prompts lie; what vLLM, objectcache and vLLM's tiers would say of a prompt. Takes no time."""
 
     def __init__(self) -> None:
         self.hbm: set[tuple[int, ...]] = set()
         self.ring: set[tuple[int, ...]] = set()
         self.store: set[tuple[int, ...]] = set()
-        self.saves = self.loads = False
+        self.host: set[tuple[int, ...]] = set()  # vLLM's own tiers
+        self.bucket: set[tuple[int, ...]] = set()
+        self.saves = self.loads = self.offloads = self.has_bucket = False
         self.holds_blocks = 0  # times that it does not let go of them
         self.loses = 0  # chunks of each prefix that the store does not have
         self.counters = dict.fromkeys(("read_bytes", "saved_chunks", "written_bytes"), 0.0)
@@ -62,6 +63,9 @@ class ToyProcess:
         self.hbm.clear()
         self.ring.clear()
         self.loads = transfer.get("kv_connector") == "ObjectCacheConnector"
+        self.offloads = transfer.get("kv_connector") == "OffloadingConnector"
+        extra = transfer.get("kv_connector_extra_config", {})
+        self.has_bucket = "secondary_tiers" in extra
         self.saves = self.loads and transfer["kv_connector_extra_config"]["save"]
         return 0.0
 
@@ -81,18 +85,24 @@ class ToyProcess:
             self.holds_blocks -= 1
             if done:
                 self.hbm.clear()
+            if done and step["connector"]:
+                self.asked.append("and the connector")
+                self.host.clear()
             return {"done": done}
         if step["do"] == "wait":
             return {}
         prompt = step["prompt"] if step["do"] == "save" else step["prompts"][0]
-        return self.compute(prompt["prompt_token_ids"])
+        extra = step.get("sampling", {}).get("extra_args", {})
+        offload = extra.get("kv_transfer_params", {}).get("max_offload_tokens", math.inf)
+        return self.compute(prompt["prompt_token_ids"], offload)
 
-    def compute(self, tokens: list[int]) -> dict[str, Any]:
+    def compute(self, tokens: list[int], offload: float) -> dict[str, Any]:
         ends = range(CHUNK_TOKENS, len(tokens) + 1, CHUNK_TOKENS)
         chunks = [tuple(tokens[:end]) for end in ends]
         cached = 0
         for chunk in chunks:
-            if chunk in self.hbm or (self.loads and chunk in self.ring):
+            offloaded = self.offloads and chunk in self.host | self.bucket
+            if chunk in self.hbm or offloaded or (self.loads and chunk in self.ring):
                 pass
             elif self.loads and chunk in self.store:
                 self.counters["read_bytes"] += CHUNK_BYTES
@@ -101,6 +111,10 @@ class ToyProcess:
                 break
             cached += CHUNK_TOKENS
         self.hbm.update(chunks)
+        if self.offloads:
+            kept = [chunk for chunk in chunks if len(chunk) <= offload]
+            self.host.update(kept)
+            self.bucket.update(kept if self.has_bucket else ())
         if self.saves:
             new = [chunk for chunk in chunks if chunk not in self.store]
             self.store.update(new[: len(new) - self.loses])
@@ -259,7 +273,29 @@ def test_the_ring_stages_the_longest_prefix(chunks: int) -> None:
     setup = Setup(Path(), {}, {}, Prompts(9, ""), 131072, [Case((chunks + 1) * 256, 1.0)])
     object_bytes = 256 * 131072 + 4096
     ring = Ring(ring_bytes(setup) // object_bytes)
-    assert Shelf(ring, max(1, ring.load_slots // STREAM_SHARE)).most >= chunks
+    apart = max(1, ring.load_slots // 8)  # which streams have for themselves
+    assert Shelf(ring, apart).most >= chunks
+
+
+def test_vllms_host_tier_holds_the_prefixes_and_nothing_else(setup: Setup) -> None:
+    toy = ToyProcess()
+    tier = begun(CpuTier, toy, setup)
+    for _ in range(3):
+        sample = tier.sample("vllm-cpu", LONG, 0)
+        assert (sample.wrong, sample.cached_tokens) == ("", 1536)
+    assert {len(chunk) for chunk in toy.host} == set(range(256, 1537, 256))
+    assert len(toy.host) == 6 + 2
+    toy.host.clear()
+    assert tier.sample("vllm-cpu", LONG, 0).wrong == ""  # it was kept there again
+
+
+def test_vllms_s3_tier_is_read_with_an_empty_host_tier(setup: Setup) -> None:
+    toy = ToyProcess()
+    tier = begun(S3Tier, toy, setup)
+    toy.asked.clear()
+    sample = tier.sample("vllm-s3", LONG, 0)
+    assert (sample.wrong, sample.cached_tokens) == ("", 1536)
+    assert toy.asked == ["forget", "and the connector", "generate", "metrics"]
 
 
 # ---- how engines are started
