@@ -26,6 +26,7 @@ from benchmarks.engine import ROOT, SETTINGS, Engine, end_group, python_path
 from benchmarks.servers import die_with_parent
 
 _LOG_TAIL_BYTES = 20_000
+_STOP_LIMIT_S = 60.0
 
 
 class EngineGone(RuntimeError):
@@ -103,6 +104,45 @@ class EngineProcess:
         with self._log.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
             return file.read().decode(errors="replace")
+
+
+class Processes:
+    """Where engines run: one after the other in one process that has imported vLLM, or each in a fresh one."""
+
+    def __init__(self, env: Mapping[str, str], folder: Path, fresh: bool) -> None:
+        self._env, self._folder, self._fresh = env, folder, fresh
+        self._process: EngineProcess | None = None
+
+    def start(self, kwargs: Mapping[str, Any], limit_s: float) -> EngineProcess:
+        """Raises EngineGone. What an engine before it may be to blame for is tried in a fresh process."""
+        if self._process is not None:
+            try:
+                self._process.start(kwargs, limit_s)
+                return self._process
+            except EngineGone as gone:
+                if gone.told and "memory" not in str(gone):
+                    raise
+                print(f"a second engine did not start in one process: {gone}", file=sys.stderr)
+                self.end()
+        self._process = EngineProcess(self._env, self._folder / "engine.log")
+        self._process.start(kwargs, limit_s)
+        return self._process
+
+    def stop(self) -> None:
+        """Of the engine that was started last, well behaved until now."""
+        try:
+            if self._process is not None:
+                self._process.stop(_STOP_LIMIT_S)
+        except EngineGone as gone:
+            print(f"an engine did not stop: {gone}", file=sys.stderr)
+            self.end()
+        if self._fresh:
+            self.end()
+
+    def end(self) -> None:
+        if self._process is not None:
+            self._process.end()
+            self._process = None
 
 
 def root_cause(told: str, log: str) -> str:

@@ -29,7 +29,7 @@ decodes      (`--decodes`) see decodes.py; of the case with the longest prefix
 
 Stores: nginx (files in memory, signatures ignored: the ceiling), SeaweedFS (pieces of 64 MiB, so that a
 chunk is one), or a bucket by `--bucket`. An engine writes the prefixes into the first store; the others
-get them from there. Engines are started one after the other; each runs all its systems and cases in
+get them from there while an engine starts. Engines are started one after the other; each runs all its systems and cases in
 rounds. Prefixes of three rounds of all cases are 43 GiB with this model, in `--folder`. The weights are
 random numbers: timing does not see that.
 
@@ -55,13 +55,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results
-from benchmarks.live_engine import EngineGone, EngineProcess
+from benchmarks.live_engine import EngineGone, Processes
 from benchmarks.servers import ServerError
 from benchmarks.tiny_model import ModelShape, write_model
 from benchmarks.transport import clean, say
 from benchmarks.ttft_plan import Plan, Wanted, cases_of, planned, said, told, written
 from benchmarks.ttft_stores import (
     LOCAL,
+    Move,
     Place,
     absent,
     local_place,
@@ -69,7 +70,6 @@ from benchmarks.ttft_stores import (
     somebodys_place,
 )
 from benchmarks.ttft_systems import (
-    STOP_LIMIT_S,
     WARM_UP,
     Case,
     Prompts,
@@ -108,22 +108,19 @@ class Run:
         self._rounds, self._until, self._processes = rounds, until, processes
         self._samples: dict[str, list[Sample]] = {}
 
-    def session(self, session: Session, wanted: Sequence[Wanted]) -> bool:
-        """Start its engine and measure; False if nothing came of it."""
-        if not wanted:
-            return True
+    def session(self, session: Session, wanted: Sequence[Wanted], move: Move | None = None) -> None:
+        """Start its engine and measure. What moves meanwhile has ended before that."""
         store = session.place.name if session.place else "none"
         name = f"{', '.join(dict.fromkeys(system for system, _ in wanted))} ({store})"
-        if not self._begin(session, name, [case for _, case in wanted], wanted):
-            return False
+        if not self._begin(session, name, [case for _, case in wanted], wanted, move):
+            return
         try:
             self._measure(session, store, wanted)
         except (EngineGone, RuntimeError) as gone:
             say(f"{name}: {gone}")
             self._processes.end()
-            return False
-        self._processes.stop()
-        return True
+        else:
+            self._processes.stop()
 
     def write(self, session: Saving, wanted: Sequence[Wanted], cases: Iterable[Case]) -> bool:
         """What `session` is wanted for itself, then prefixes of these cases for all rounds."""
@@ -153,22 +150,33 @@ class Run:
     def time_is_up(self) -> bool:
         return time.monotonic() > self._until
 
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())
+
     def skip(self, wanted: Iterable[Wanted], store: str, why: str) -> None:
         for system, case in wanted:
             self._put(system, case, store, {"metrics": {}, "skipped": clean(why)})
 
     def _begin(
-        self, session: Session, name: str, cases: Sequence[Case], wanted: Sequence[Wanted]
+        self,
+        session: Session,
+        name: str,
+        cases: Sequence[Case],
+        wanted: Sequence[Wanted],
+        move: Move | None = None,
     ) -> bool:
-        left = self._until - time.monotonic()
+        left = self.left_s
         if left < LEAST_S:
             say(f"time is up before {name}")
             return False
         say(f"starting an engine: {name}")
         began = time.monotonic()
         try:
-            process = self._processes.start(session, min(left, START_LIMIT_S))
+            process = self._processes.start(session.kwargs(), min(left, START_LIMIT_S))
             started = time.monotonic()
+            if move is not None:
+                self._await(move, session)
             session.begin(process, list(dict.fromkeys(cases)), self._until + GRACE_S)
         except (EngineGone, RuntimeError) as gone:
             self._processes.end()
@@ -180,6 +188,14 @@ class Run:
             return False
         say(f"ready after {started - began:.0f} s and {time.monotonic() - started:.0f} s")
         return True
+
+    def _await(self, move: Move, session: Session) -> None:
+        began = time.monotonic()
+        why = move.wait(self.left_s)
+        to = f"prefixes to {move.target.name}"
+        say(f"waited {time.monotonic() - began:.0f} s more for {to}{why and ': ' + why}")
+        if why and isinstance(session, Reading):
+            raise RuntimeError(f"{to} did not come: {why}")
 
     def _measure(self, session: Session, store: str, wanted: Sequence[Wanted]) -> None:
         decodes = [case for system, case in wanted if system == "decodes"]
@@ -216,45 +232,6 @@ class Run:
 
     def _put(self, system: str, case: Case, store: str, what: Mapping[str, Any]) -> None:
         self._lines.put(self._about | {"system": system, "case": told(case, store)} | dict(what))
-
-
-class Processes:
-    """Where engines run: one after the other in one process that has imported vLLM, or each in a fresh one."""
-
-    def __init__(self, env: Mapping[str, str], folder: Path, fresh: bool) -> None:
-        self._env, self._folder, self._fresh = env, folder, fresh
-        self._process: EngineProcess | None = None
-
-    def start(self, session: Session, limit_s: float) -> EngineProcess:
-        """Raises EngineGone. What an engine before it may be to blame for is tried in a fresh process."""
-        if self._process is not None:
-            try:
-                self._process.start(session.kwargs(), limit_s)
-                return self._process
-            except EngineGone as gone:
-                if gone.told and "memory" not in str(gone):
-                    raise
-                say(f"a second engine did not start in one process: {gone}")
-                self.end()
-        self._process = EngineProcess(self._env, self._folder / "engine.log")
-        self._process.start(session.kwargs(), limit_s)
-        return self._process
-
-    def stop(self) -> None:
-        """Of the engine that was started last, well behaved until now."""
-        try:
-            if self._process is not None:
-                self._process.stop(STOP_LIMIT_S)
-        except EngineGone as gone:
-            say(f"an engine did not stop: {gone}")
-            self.end()
-        if self._fresh:
-            self.end()
-
-    def end(self) -> None:
-        if self._process is not None:
-            self._process.end()
-            self._process = None
 
 
 def measure(args: argparse.Namespace) -> int:
@@ -300,7 +277,7 @@ def measure(args: argparse.Namespace) -> int:
         run = Run(setup, lines, about, rounds, until, processes)
         lines.put(about | _environment(args, setup, rounds))
         try:
-            sessions(run, setup, plan, places)
+            sessions(run, setup, plan, places, importlib.util.find_spec("nixl") is not None)
         finally:
             if args.keep_log:
                 log = folder / "engine.log"
@@ -310,38 +287,31 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def sessions(
-    run: Run,
-    setup: Setup,
-    plan: Plan,
-    places: Mapping[str, Place],
+    run: Run, setup: Setup, plan: Plan, places: Mapping[str, Place], has_nixl: bool
 ) -> None:
-    """All of them, in the order of the plan; prefixes are written once and move on with the stores."""
+    """All of them, in the order of the plan. Prefixes are written once and move on with the stores,
+    while an engine starts."""
     prefixes = list(written(plan))
     readers = [store for (kind, store), wanted in plan.items() if kind is Reading and wanted]
-    lies_in = ""
+    lies_in, move = "", None
     for (kind, store), wanted in plan.items():
-        place = places.get(store)
         if kind is Saving and (wanted or prefixes):
-            assert place is not None
-            if run.write(Saving(setup, place), wanted, prefixes):
+            if run.write(Saving(setup, places[store]), wanted, prefixes):
                 lies_in = store
-            continue
-        if not wanted:
-            continue
-        if kind is Reading and lies_in != store:
-            if not lies_in or run.time_is_up:
-                say(f"there are no prefixes in {store}, so none are read")
-                continue
-            began = time.monotonic()
-            places[lies_in].move_to(places[store])
-            say(f"prefixes moved to {store} in {time.monotonic() - began:.0f} s")
-            lies_in = store
-        if kind is S3Tier and importlib.util.find_spec("nixl") is None:
+        elif kind is Reading and wanted and store not in (lies_in, move and move.target.name):
+            say(f"there are no prefixes in {store}, so none are read")
+        elif kind is S3Tier and wanted and not has_nixl:
             run.skip(wanted, store, "there is no nixl: see requirements/benchmarks.txt")
-            continue
-        run.session(kind(setup, place), wanted)
-        if kind is Reading and store == readers[-1]:
-            places[store].give_room()  # to vLLM's tiers
+        elif wanted:
+            run.session(kind(setup, places.get(store)), wanted, move)
+        if move is not None:
+            lies_in, move = "" if move.wait(run.left_s) else move.target.name, None
+        if kind is Reading and store in readers:
+            readers.remove(store)
+            if not readers:
+                places[store].give_room()  # to vLLM's tiers
+        if lies_in and readers and readers[0] != lies_in:
+            move = Move(places[lies_in], places[readers[0]])
 
 
 def _stores(args: argparse.Namespace) -> list[str]:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Place(ABC):
         """The same for vLLM's own S3 tier."""
 
     @abstractmethod
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """All that lies there now."""
 
     @abstractmethod
@@ -55,20 +55,41 @@ class Place(ABC):
     def remove(self, key: str) -> None: ...
 
     def clear(self) -> None:
-        _for_each(self.keys(), self.remove)
+        _for_each(self.names(), self.remove)
 
     def give_room(self) -> None:
         """Clear it so that its memory is free again. No engine may be using it."""
         self.clear()
 
-    def move_to(self, other: Place) -> None:
-        """Objects keep their names. Nothing lies twice but what is on its way."""
 
-        def move(key: str) -> None:
-            other.write(key, self.read(key))
-            self.remove(key)
+class Move:
+    """Brings all that lies in one store into another, beside what else goes on.
 
-        _for_each(self.keys(), move)
+    Objects keep their names. Nothing lies twice but what is on its way.
+    """
+
+    def __init__(self, source: Place, target: Place) -> None:
+        self.source, self.target = source, target
+        self._over = False
+        self._threads = ThreadPoolExecutor(_THREADS)
+        self._moves = [self._threads.submit(self._move, key) for key in source.names()]
+
+    def wait(self, limit_s: float) -> str:
+        """Why not all came within that time, or "". Nothing is moved any more."""
+        try:
+            done = wait(self._moves, limit_s, FIRST_EXCEPTION)
+            failed = next((one.exception() for one in done.done if one.exception()), None)
+            if failed is not None:
+                return f"{type(failed).__name__}: {failed}"
+            return f"there was no time for {len(done.not_done)} objects" if done.not_done else ""
+        finally:
+            self._over = True
+            self._threads.shutdown(cancel_futures=True)
+
+    def _move(self, key: str) -> None:
+        if not self._over:
+            self.target.write(key, self.source.read(key))
+            self.source.remove(key)
 
 
 class Bucket(Place):
@@ -100,7 +121,7 @@ class Bucket(Place):
         config = {"bucket": self.bucket, "endpoint_override": url, "region": region}
         return config | {"scheme": url.partition("://")[0]}
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         pages = self._client.get_paginator("list_objects_v2")
         found = pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/")
         return [one["Key"] for page in found for one in page.get("Contents", ())]
@@ -123,7 +144,7 @@ class Files(Bucket):
         super().__init__(*place, **more)
         self._folder = folder
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         found = (path for path in self._folder.rglob("*") if path.is_file())
         return [path.relative_to(self._folder).as_posix() for path in found]
 
@@ -155,11 +176,35 @@ def local_place(name: str, folder: Path) -> Iterator[Place]:
         objects.mkdir(parents=True)
         workers = max(1, len(os.sched_getaffinity(0)) // 2)
         with Nginx(folder / name, BUCKET, objects.parent, workers, writable=True) as server:
-            yield Files(objects, name, BUCKET, "kv", server.client(), **_known(server))
+            yield Files(objects, name, BUCKET, "kv", _client_of(server), **_known(server))
     else:
         weed = SeaweedFS(folder / name, BUCKET, _PIECE_MIB, _VOLUME_MIB)
         with weed:
-            yield Weed(weed, name, BUCKET, "kv", weed.client(), **_known(weed))
+            yield Weed(weed, name, BUCKET, "kv", _client_of(weed), **_known(weed))
+
+
+def _client(**known: Any) -> Any:
+    """For moving tens of gigabytes: patient, and without a digest of each body over plain HTTP."""
+    import boto3  # type: ignore[import-untyped]
+    from botocore.config import Config  # type: ignore[import-untyped]
+
+    config = Config(
+        max_pool_connections=_THREADS,
+        retries={"total_max_attempts": 3},
+        read_timeout=60,
+        request_checksum_calculation="when_required",
+        s3={"payload_signing_enabled": False},
+    )
+    return boto3.client("s3", config=config, **known)
+
+
+def _client_of(server: Server) -> Any:
+    return _client(
+        endpoint_url=server.endpoint_url,
+        aws_access_key_id=server.env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=server.env["AWS_SECRET_ACCESS_KEY"],
+        region_name=REGION,
+    )
 
 
 def _known(server: Server) -> dict[str, Any]:
@@ -171,9 +216,7 @@ def _known(server: Server) -> dict[str, Any]:
 @contextmanager
 def somebodys_place(name: str, bucket: str, endpoint_url: str, region: str) -> Iterator[Place]:
     """A bucket that is there. Credentials: the standard AWS chain. Empties its prefix in the end."""
-    import boto3  # type: ignore[import-untyped]
-
-    client = boto3.client("s3", endpoint_url=endpoint_url or None, region_name=region or None)
+    client = _client(endpoint_url=endpoint_url or None, region_name=region or None)
     prefix = f"objectcache-ttft-{secrets.token_hex(4)}"
     place = Bucket(name, bucket, prefix, client, endpoint_url, region)
     try:

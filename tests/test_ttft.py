@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import pytest
 
 from benchmarks.decodes import summary
-from benchmarks.live_engine import EngineGone, EngineProcess, root_cause
+from benchmarks.live_engine import EngineGone, EngineProcess, Processes, root_cause
 from benchmarks.nginx import nginx_absent
 from benchmarks.results import ROOT, Lines, read
-from benchmarks.ttft import Processes, Run, sessions
+from benchmarks.ttft import Run, sessions
 from benchmarks.ttft_plan import Plan, cases_of, planned, said, told, written
 from benchmarks.ttft_report import write
-from benchmarks.ttft_stores import Place, local_place
+from benchmarks.ttft_stores import Move, Place, local_place
 from benchmarks.ttft_systems import (
     CHUNK_TOKENS,
     WARM_UP,
@@ -136,7 +136,7 @@ class ToyPlace(Place):
     def nixl(self) -> dict[str, str]:
         return {"bucket": "b", "endpoint_override": "http://x", "scheme": "http", "region": "r"}
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return []
 
     def read(self, key: str) -> bytes:
@@ -156,9 +156,9 @@ class ToyProcesses(Processes):
     def __init__(self, toy: ToyProcess) -> None:
         self.toy, self.started = toy, 0
 
-    def start(self, session: Any, limit_s: float) -> Any:
+    def start(self, kwargs: Any, limit_s: float) -> Any:
         self.started += 1
-        self.toy.start(session.kwargs(), limit_s)
+        self.toy.start(kwargs, limit_s)
         return self.toy
 
     def stop(self) -> None:
@@ -385,7 +385,7 @@ def test_all_sessions_leave_their_lines(tmp_path: Path, setup: Setup) -> None:
     systems = ["objectcache", "local", "recompute", "hbm", "saving"]
     plan: Plan = planned(systems, [LONG, SHORT], ["a", "z"], never)
     run, processes = a_run(tmp_path, ToyProcess(), setup, math.inf)
-    sessions(run, setup, plan, places)
+    sessions(run, setup, plan, places, has_nixl=True)
     assert processes.started == 4
     lines = read(tmp_path / "ttft-m.jsonl")
     seen = {(one["system"], one["case"]["store"]): one["metrics"] for one in lines}
@@ -397,10 +397,40 @@ def test_all_sessions_leave_their_lines(tmp_path: Path, setup: Setup) -> None:
     assert places["z"].cleared == 1  # its memory is vLLM's tiers' from then on
 
 
+class Full(ToyPlace):
+    """A store that takes nothing."""
+
+    def write(self, key: str, body: bytes) -> None:
+        raise OSError("no room")
+
+
+class OneObject(ToyPlace):
+    def names(self) -> list[str]:
+        return ["kv/one"]
+
+    def read(self, key: str) -> bytes:
+        return b"body"
+
+    def clear(self) -> None:
+        pass
+
+
+def test_prefixes_that_do_not_move_are_not_read_and_nothing_else_suffers(
+    tmp_path: Path, setup: Setup
+) -> None:
+    places = {"a": OneObject("a", "b", "p"), "z": Full("z", "b", "p")}
+    plan = planned(["objectcache", "recompute"], [LONG], ["a", "z"], never)
+    run, _ = a_run(tmp_path, ToyProcess(), setup, 1e9)
+    sessions(run, setup, plan, places, has_nixl=True)
+    found = {(one["system"], one["case"]["store"]) for one in read(tmp_path / "ttft-m.jsonl")}
+    assert found == {("objectcache", "a"), ("recompute", "none")}
+
+
 def test_nothing_is_begun_when_time_is_up(tmp_path: Path, setup: Setup) -> None:
     run, processes = a_run(tmp_path, ToyProcess(), setup, -math.inf)
     places = {"a": ToyPlace("a", "b", "p")}
-    sessions(run, setup, planned(SYSTEMS[:4], [LONG], ["a"], never), places)
+    plan = planned(SYSTEMS[:4], [LONG], ["a"], never)
+    sessions(run, setup, plan, places, has_nixl=True)
     assert processes.started == 0 and not (tmp_path / "ttft-m.jsonl").exists()
 
 
@@ -454,12 +484,12 @@ def test_objects_move_from_one_store_to_the_other(name: str, tmp_path: Path) -> 
         keys = [f"kv/space/{number}" for number in range(3)]
         for key in keys:
             first.write(key, key.encode())
-        assert sorted(first.keys()) == keys
-        first.move_to(second)
-        assert first.keys() == [] and sorted(second.keys()) == keys
+        assert sorted(first.names()) == keys
+        assert Move(first, second).wait(60.0) == ""
+        assert first.names() == [] and sorted(second.names()) == keys
         assert second.read(keys[1]) == keys[1].encode()
         second.give_room()
-        assert second.keys() == []
+        assert second.names() == []
         second.write(keys[0], b"again")
         assert second.read(keys[0]) == b"again"
 
