@@ -7,6 +7,8 @@ does not run yet is loaded apart from any step, with all its layers; `chunks_loa
 pages are written.
 """
 
+import mmap
+import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
@@ -29,11 +31,29 @@ class Run:
 
 
 class HostSlots:
-    """The memory of the ring: `slots` rows of `slot_bytes`, pinned if a GPU copies from it."""
+    """The memory of the ring: `slots` rows of `slot_bytes`, pinned if a GPU copies from it.
 
-    def __init__(self, slots: int, slot_bytes: int, pinned: bool) -> None:
-        self.tensor = torch.empty((slots, slot_bytes), dtype=torch.uint8, pin_memory=pinned)
+    With `shared` another process can map it, by `descriptor`. Raises OSError if there is no such memory.
+    """
+
+    def __init__(self, slots: int, slot_bytes: int, pinned: bool, shared: bool = False) -> None:
+        self.descriptor: int | None = None
+        if shared:
+            self.tensor = self._shared(slots * slot_bytes, pinned).view(slots, slot_bytes)
+        else:
+            self.tensor = torch.empty((slots, slot_bytes), dtype=torch.uint8, pin_memory=pinned)
         self._views = [memoryview(row) for row in self.tensor.numpy()]
+
+    def _shared(self, size: int, pinned: bool) -> torch.Tensor:
+        # Not in /dev/shm, which is small in many containers.
+        self.descriptor = os.memfd_create("objectcache-ring")
+        os.ftruncate(self.descriptor, size)
+        memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
+        if pinned:
+            code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
+            if int(code) != 0:
+                raise OSError(f"CUDA does not pin shared memory (error {int(code)})")
+        return memory
 
     def view(self, slot: int) -> memoryview:
         """The bytes of one slot, writable."""

@@ -52,7 +52,7 @@ MAP: dict[str, str] = {
     "stores.connections": "asyncio network",
     "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
-    "device": "torch",
+    "device": "torch files",
     "pages": "torch vllm-late",
     # work on a loop
     "lookup": "asyncio threads",
@@ -60,12 +60,14 @@ MAP: dict[str, str] = {
     "through": "asyncio",
     "streamer": "asyncio",
     "saver": "asyncio clock",
+    "mover": "threads",
+    "mover_process": "threads clock files processes",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
-    "parked": "threads torch vllm",
+    "parked": "torch vllm",
     "scheduler": "asyncio clock vllm",
-    "worker": "threads torch vllm",
+    "worker": "torch vllm",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
     # the command

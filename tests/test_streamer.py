@@ -10,7 +10,7 @@ from fakes import LAYOUT, ScriptedStore, chunk_hash, eventually, loop_thread, se
 
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
 from objectcache.flow import StoreModel
-from objectcache.ring import Ring
+from objectcache.ring import Ring, shares
 from objectcache.shelf import Shelf
 from objectcache.stores.base import Pace
 from objectcache.streamer import StageResult, Streamer
@@ -29,8 +29,8 @@ class Rig:
     def __init__(self, loop, timeout_s: float = 5.0, slots: int = 8) -> None:
         self.loop = loop
         self.store = ScriptedStore()
-        self.ring = Ring(slots)
-        assert slots != 8 or self.ring.load_slots == LOAD_SLOTS
+        self.ring = Ring(shares(slots)[0])
+        assert slots != 8 or self.ring.slots == LOAD_SLOTS
         self.memory = [bytearray(POISON * LAYOUT.object_bytes) for _ in range(slots)]
         self.results: queue.Queue[StageResult] = queue.Queue()
         self.streamer = Streamer(
@@ -367,7 +367,7 @@ def test_a_job_larger_than_the_ring_brings_what_fits(rig: Rig) -> None:
 
 def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
     hasty.fill(1, 2)
-    slots = hasty.ring.lease_loads(LOAD_SLOTS)
+    slots = hasty.ring.lease(LOAD_SLOTS)
     hasty.stage(1, 1)
     hasty.stage(2, 2)
     for job in (1, 2):
@@ -381,7 +381,7 @@ def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
 
 def test_a_job_that_gives_up_waiting_lets_the_next_go(hasty: Rig) -> None:
     hasty.fill(1, 2)
-    slots = hasty.ring.lease_loads(LOAD_SLOTS - 1)
+    slots = hasty.ring.lease(LOAD_SLOTS - 1)
     hasty.stage(1, 1, 2)
     time.sleep(0.1)
     hasty.stage(2, 2)
@@ -467,7 +467,7 @@ def test_cancel_after_the_report_leaves_the_slots_to_the_caller(rig: Rig) -> Non
 
 def test_cancel_of_a_waiting_job_lets_the_next_go(rig: Rig) -> None:
     rig.fill(1, 2)
-    slots = rig.ring.lease_loads(LOAD_SLOTS - 1)
+    slots = rig.ring.lease(LOAD_SLOTS - 1)
     rig.stage(1, 1, 2)
     rig.stage(2, 2)
     rig.streamer.cancel(1)
