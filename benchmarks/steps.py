@@ -44,11 +44,19 @@ from benchmarks.clients import (
 from benchmarks.engine import SETTINGS
 from benchmarks.lab import MIB, Lab, Scale
 from benchmarks.tiny_model import prompt_tokens, write_model
+from objectcache import keys
+from objectcache.config import parse
+from objectcache.device import HostSlots
+from objectcache.errors import ObjectCacheError
 from objectcache.format import Verifier
+from objectcache.mover import Berth
+from objectcache.mover_process import MoverProcess
+from objectcache.streamer import StageResult
 
 SEQUENCES, PROMPT_TOKENS = 32, 100
 PACED_GB_PER_S = 10.0
 SETTLE_STEPS = 15  # prefills, and the first decode steps after them
+SPACE = "steps"
 CROWD, PACED_CROWD = 64, 8  # chunks at once
 # The sizes of Llama-3.1-8B; what is made of them is random.
 GEOMETRY = {
@@ -59,6 +67,8 @@ GEOMETRY = {
     **{"rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False},
     **{"bos_token_id": 128000, "eos_token_id": 128001},
 }
+# As the worker of an engine with a GPU does it: in a process of its own.
+PROCESS = "objectcache"
 TRANSPORTS: dict[str, type[ObjectCache]] = {
     "objectcache-direct": ObjectCacheDirect,
     "objectcache-obstore": ObjectCacheObstore,
@@ -81,7 +91,7 @@ class DirectWithThreads(ObjectCacheDirect):
 
 @dataclass(frozen=True)
 class Stream:
-    """One way to stream. `threads` 0: as many as the path takes by itself."""
+    """One way to stream. `threads` (or processes) 0: as many as the path takes by itself."""
 
     system: str
     threads: int
@@ -91,7 +101,8 @@ class Stream:
         case: dict[str, Any] = {"sequences": SEQUENCES, "rate": "full"}
         if self.paced_gb_per_s:
             case |= {"rate": "paced", "offered_gb_per_s": self.paced_gb_per_s}
-        return case | ({"threads": self.threads} if self.threads else {})
+        what = "processes" if self.system == PROCESS else "threads"
+        return case | ({what: self.threads} if self.threads else {})
 
 
 @dataclass
@@ -236,7 +247,93 @@ class Source:
         return Read(chunks.key(slot), None, into, chunks.marks, landed)
 
 
-def measure(engine: Engine, source: Source, stream: Stream, seconds: float, seen: Seen) -> None:
+class ProcessSource:
+    """Has chunks staged by movers in processes of their own, each with its share of the slots and chunks."""
+
+    def __init__(self, chunks: Chunks, at: Endpoint, processes: int, pinned: bool) -> None:
+        self._size = chunks.object_bytes
+        self._hashes = [chunks.chunk_hash(n) for n in range(chunks.count)]
+        self._slots = HostSlots(CROWD, self._size, pinned, shared=True)
+        options = parse(
+            {
+                **{"url": f"s3://{at.bucket}/", "endpoint_url": at.url, "ring_bytes": 1 << 40},
+                **({"ca_bundle": at.ca} if at.ca else {}),
+            }
+        )
+        share = CROWD // processes
+        assert self._slots.descriptor is not None
+        self._movers = []
+        for n in range(processes):
+            berth = Berth(options, chunks.layout, range(n * share, (n + 1) * share), 0, pinned)
+            self._movers.append(MoverProcess(berth, self._slots.descriptor))
+            self._movers[-1].enter(SPACE, chunks.layout.namespace_digest)
+        self._over = threading.Event()
+        self._landed_bytes = 0
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, paced_gb_per_s: float) -> None:
+        self._over.clear()
+        self._thread = threading.Thread(target=self._run, args=(paced_gb_per_s,))
+        self._thread.start()
+
+    def landed_bytes(self) -> int:
+        return self._landed_bytes
+
+    def stop(self) -> None:
+        self._over.set()
+        assert self._thread is not None
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        for mover in self._movers:
+            mover.close(1.0)
+
+    def _run(self, paced_gb_per_s: float) -> None:
+        """Keep two jobs under way in each; a chunk is read again only after all others were."""
+        count = len(self._movers)
+        at_once = (PACED_CROWD if paced_gb_per_s else CROWD) // (2 * count)
+        began, moved, job = time.perf_counter(), 0, 0
+        under_way: list[dict[int, int]] = [{} for _ in self._movers]  # job -> chunks
+        first = [0] * count
+        try:
+            while not self._over.is_set() or any(under_way):
+                for n, mover in enumerate(self._movers):
+                    mine = self._hashes[n::count]
+                    due = not paced_gb_per_s or moved < paced_gb_per_s * 1e9 * (
+                        time.perf_counter() - began
+                    )
+                    while len(under_way[n]) < 2 and due and not self._over.is_set():
+                        job += 1
+                        wanted = [mine[(first[n] + k) % len(mine)] for k in range(at_once)]
+                        first[n] += at_once
+                        moved += at_once * self._size
+                        mover.stage(job, wanted)
+                        under_way[n][job] = at_once
+                    for event in mover.take():
+                        assert isinstance(event, StageResult)
+                        if event.error is not None:
+                            raise event.error
+                        self._landed_bytes += under_way[n].pop(event.job) * self._size
+                        mover.release(event.job)
+                time.sleep(0.001)
+        except (AssertionError, ObjectCacheError) as exc:
+            self._failure = exc  # told by stop()
+
+
+def name_as_engines_do(chunks: Chunks) -> None:
+    """The chunks once more, under the keys that a mover looks for."""
+    for n in range(chunks.count):
+        path = chunks.folder / keys.object_key(SPACE, chunks.chunk_hash(n), 0, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(chunks.folder / chunks.key(n), path)
+
+
+def measure(
+    engine: Engine, source: Source | ProcessSource, stream: Stream, seconds: float, seen: Seen
+) -> None:
     """One round of one stream."""
     names = engine.begin()
     seen.alone_ms += engine.step_times_ms(seconds / 2)
@@ -254,6 +351,8 @@ def streams(args: argparse.Namespace) -> Iterator[Stream]:
     paced = 0.02 if args.cpu else PACED_GB_PER_S
     for system in args.systems.split(","):
         counts = [0]
+        if system == PROCESS:
+            counts = [int(count) for count in args.processes.split(",")]
         if system == "objectcache-direct" and args.threads:
             counts = [int(count) for count in args.threads.split(",")]
         for threads in counts:
@@ -267,6 +366,14 @@ def client_of(stream: Stream, at: Endpoint, memory: memoryview) -> ObjectCache:
     kind = type("Direct", (DirectWithThreads,), {"threads": stream.threads})
     made: ObjectCache = kind(at, CROWD, memory)
     return made
+
+
+def source_of(
+    stream: Stream, chunks: Chunks, at: Endpoint, memory: memoryview, pinned: bool
+) -> Source | ProcessSource:
+    if stream.system == PROCESS:
+        return ProcessSource(chunks, at, stream.threads, pinned)
+    return Source(chunks, memory, client_of(stream, at, memory))
 
 
 def pinned(size: int) -> memoryview:
@@ -294,6 +401,7 @@ def run(args: argparse.Namespace) -> int:
         folder.chmod(0o755)
         with Lab(folder, scale, {"nginx"}, destination=False) as lab:
             os.environ.update(lab.env())
+            name_as_engines_do(lab.chunks)
             if args.cpu:
                 model = write_model(folder / "model")
             else:
@@ -304,7 +412,7 @@ def run(args: argparse.Namespace) -> int:
             memory = pinned(slots * lab.chunks.object_bytes)
             at = Endpoint(**lab.endpoints()["nginx"])
             say(f"ready after {time.monotonic() - began:.0f} s")
-            sources: dict[tuple[str, int], Source | None] = {}
+            sources: dict[tuple[str, int], Source | ProcessSource | None] = {}
             try:
                 until = began + args.seconds
                 rounds(args, engine, lab.chunks, memory, at, sources, lines, about, until)
@@ -322,7 +430,7 @@ def rounds(
     chunks: Chunks,
     memory: memoryview,
     at: Endpoint,
-    sources: dict[tuple[str, int], Source | None],
+    sources: dict[tuple[str, int], Source | ProcessSource | None],
     lines: results.Lines,
     about: dict[str, str],
     until: float,
@@ -338,7 +446,7 @@ def rounds(
             key = (stream.system, stream.threads)
             if key not in sources:
                 try:
-                    sources[key] = Source(chunks, memory, client_of(stream, at, memory))
+                    sources[key] = source_of(stream, chunks, at, memory, not args.cpu)
                 except (Absent, ImportError) as why:
                     sources[key] = None
                     say(f"{stream.system} is left out: {why}")
@@ -361,8 +469,9 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--cpu", action="store_true", help="a tiny model and tiny chunks")
-    add("--systems", default=",".join(TRANSPORTS), help="names with commas between")
+    add("--systems", default=",".join([PROCESS, *TRANSPORTS]), help="names with commas between")
     add("--threads", default="4,8,16", help="of the direct path; empty: what it takes by itself")
+    add("--processes", default="1,2", help="that move bytes as in an engine with a GPU")
     add("--rounds", type=int, default=3)
     add("--window", type=float, default=1.5, help="seconds of steps with each stream")
     add("--seconds", type=float, default=3600.0, help="start nothing new after this time")
