@@ -253,14 +253,16 @@ class ProcessSource:
     def __init__(self, chunks: Chunks, at: Endpoint, processes: int, pinned: bool) -> None:
         self._size = chunks.object_bytes
         self._hashes = [chunks.chunk_hash(n) for n in range(chunks.count)]
-        self._slots = HostSlots(CROWD, self._size, pinned, shared=True)
+        # Half as many slots as chunks: what lies in a free slot would not be read again.
+        self._ring_slots = chunks.count // 2
+        self._slots = HostSlots(self._ring_slots, self._size, pinned, shared=True)
         options = parse(
             {
                 **{"url": f"s3://{at.bucket}/", "endpoint_url": at.url, "ring_bytes": 1 << 40},
                 **({"ca_bundle": at.ca} if at.ca else {}),
             }
         )
-        share = CROWD // processes
+        share = self._ring_slots // processes
         assert self._slots.descriptor is not None
         self._movers = []
         for n in range(processes):
@@ -294,7 +296,8 @@ class ProcessSource:
     def _run(self, paced_gb_per_s: float) -> None:
         """Keep two jobs under way in each; a chunk is read again only after all others were."""
         count = len(self._movers)
-        at_once = (PACED_CROWD if paced_gb_per_s else CROWD) // (2 * count)
+        most = min(PACED_CROWD, self._ring_slots) if paced_gb_per_s else self._ring_slots
+        at_once = max(1, most // (2 * count))
         began, moved, job = time.perf_counter(), 0, 0
         under_way: list[dict[int, int]] = [{} for _ in self._movers]  # job -> chunks
         first = [0] * count
@@ -395,7 +398,7 @@ def run(args: argparse.Namespace) -> int:
     }
     path = args.out or results.FOLDER / f"steps-{about['machine']}.jsonl"
     lines = results.Lines(path)
-    scale = Scale(slots, min(slots, CROWD), len(os.sched_getaffinity(0)), slice_bytes)
+    scale = Scale(slots, slots, len(os.sched_getaffinity(0)), slice_bytes)
     with tempfile.TemporaryDirectory(prefix="steps-", dir="/dev/shm") as name:
         folder = Path(name)
         folder.chmod(0o755)
