@@ -52,6 +52,7 @@ MAP: dict[str, str] = {
     "stores.connections": "asyncio network",
     "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
+    "staging": "torch",
     "device": "torch files",
     "pages": "torch vllm-late",
     # work on a loop
