@@ -266,7 +266,14 @@ class ProcessSource:
         assert self._slots.descriptor is not None
         self._movers = []
         for n in range(processes):
-            berth = Berth(options, chunks.layout, range(n * share, (n + 1) * share), 0, pinned)
+            berth = Berth(
+                options,
+                chunks.layout,
+                self._ring_slots,
+                range(n * share, (n + 1) * share),
+                0,
+                pinned,
+            )
             self._movers.append(MoverProcess(berth, self._slots.descriptor))
             self._movers[-1].enter(SPACE, chunks.layout.namespace_digest)
         self._over = threading.Event()
@@ -316,7 +323,8 @@ class ProcessSource:
                         mover.stage(job, wanted)
                         under_way[n][job] = at_once
                     for event in mover.take():
-                        assert isinstance(event, StageResult)
+                        if not isinstance(event, StageResult):
+                            continue
                         if event.error is not None:
                             raise event.error
                         self._landed_bytes += under_way[n].pop(event.job) * self._size

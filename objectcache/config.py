@@ -72,6 +72,13 @@ class Options:
         "where there is a GPU.",
         choices=("auto", "process", "thread"),
     )
+    processes: int = _option(
+        0,
+        "How many processes move bytes, each a part of every prefix, where `mover` is not a thread. "
+        "`0`: two on 8 cores or more, else one.",
+        low=0,
+        high=16,
+    )
     lookup_timeout_ms: int = _option(
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1
     )

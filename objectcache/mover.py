@@ -15,6 +15,7 @@ from objectcache.config import Options
 from objectcache.errors import Corrupt, ObjectCacheError
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
+from objectcache.reading import Progress
 from objectcache.report import log
 from objectcache.ring import Ring
 from objectcache.saver import Saver, SaveResult
@@ -37,7 +38,15 @@ class Arrived:
     slot: int
 
 
-Event = StageResult | StreamResult | Arrived | SaveResult
+@dataclass(frozen=True)
+class Placed:
+    """The chunks of a stage come to these slots, or are there: see `progress`."""
+
+    job: int
+    slots: list[int]
+
+
+Event = Placed | StageResult | StreamResult | Arrived | SaveResult
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,7 @@ class Berth:
 
     options: Options
     layout: ObjectLayout
+    slots: int  # all of the ring's, others' too
     load_slots: range
     apart: int
     populate: bool = False
@@ -63,8 +73,9 @@ class Mover(ABC):
         """Objects from now on bear this namespace. No job of the one before is wanted any more."""
 
     @abstractmethod
-    def stage(self, job: int, chunk_hashes: Sequence[bytes]) -> None:
-        """Bring these chunks. A StageResult follows; of what the ring cannot hold it says nothing."""
+    def stage(self, job: int, chunk_hashes: Sequence[bytes], first: int = 0) -> None:
+        """Bring these chunks, the first of which is chunk `first` of its prefix. A StageResult follows,
+        and before it perhaps a Placed; of what the ring cannot hold neither says anything."""
 
     @abstractmethod
     def cancel(self, job: int) -> None:
@@ -117,7 +128,8 @@ class _Stream:
 
 
 class LocalMover(Mover):
-    """In this process, on a thread with a loop. `slot_view(slot)` is the memory of a slot.
+    """In this process, on a thread with a loop. `slot_view(slot)` is the memory of a slot, and
+    `progress[slot]` how many leading layers of what comes there may be used.
 
     `heard` is called, from any thread, when there is an event to take. `alone` is whether the
     process has nothing else to do.
@@ -127,12 +139,14 @@ class LocalMover(Mover):
         self,
         berth: Berth,
         slot_view: Callable[[int], memoryview],
+        progress: Progress,
         heard: Callable[[], None] = lambda: None,
         alone: bool = False,
     ) -> None:
         self._options = berth.options
         self._layout = berth.layout
         self._slot_view = slot_view
+        self._progress = progress
         self._ring = Ring(berth.load_slots)
         self._shelf = Shelf(self._ring, berth.apart)
         self._lock = threading.Lock()
@@ -172,11 +186,13 @@ class LocalMover(Mover):
             self._slot_view,
             self._options.stage_timeout_ms / 1000,
             staged,
+            self._progress,
+            lambda job, slots: self._tell(Placed(job, slots)),
         )
         if before is not None:
             before.succeeded_by(self._streamer)
 
-    def stage(self, job: int, chunk_hashes: Sequence[bytes]) -> None:
+    def stage(self, job: int, chunk_hashes: Sequence[bytes], first: int = 0) -> None:
         self._held.add(job)
         self._entered.stage(job, self._keys(chunk_hashes), list(chunk_hashes))
 

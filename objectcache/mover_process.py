@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
 
 from objectcache.errors import Unavailable
-from objectcache.mover import Arrived, Berth, Event, LocalMover, Mover
+from objectcache.mover import Arrived, Berth, Event, LocalMover, Mover, Placed
 from objectcache.report import log
 from objectcache.saver import SaveResult
 from objectcache.stores.base import StoreCounters
@@ -49,6 +49,8 @@ class _Owed:
     lent: set[tuple[int, int]] = field(default_factory=set)  # chunks of streams
 
     def hear(self, event: Event) -> None:
+        if isinstance(event, Placed):
+            return
         if isinstance(event, Arrived):
             self.streams[event.job] += 1
             self.lent.add((event.job, event.chunk))
@@ -76,7 +78,7 @@ class _Owed:
 
 
 class MoverProcess(Mover):
-    """The parent's end. `memory` is the descriptor of the ring, slot after slot.
+    """The parent's end. `memory` is the descriptor of HostSlots.
 
     Raises OSError if no process can be started.
     """
@@ -96,7 +98,7 @@ class MoverProcess(Mover):
         self._namespace = (name, digest)
         self._ask("enter", name, digest)
 
-    def stage(self, job: int, chunk_hashes: Sequence[bytes]) -> None:
+    def stage(self, job: int, chunk_hashes: Sequence[bytes], first: int = 0) -> None:
         self._owed.stages.add(job)
         self._ask("stage", job, list(chunk_hashes))
 
@@ -322,8 +324,13 @@ class _Served:
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if berth.populate else 0)
         size = berth.layout.object_bytes
         ring = memoryview(mmap.mmap(memory, 0, flags))
+        progress = ring[berth.slots * size :].cast("H")
         self._mover = LocalMover(
-            berth, lambda slot: ring[slot * size : (slot + 1) * size], self._wake, alone=True
+            berth,
+            lambda slot: ring[slot * size : (slot + 1) * size],
+            progress,
+            self._wake,
+            alone=True,
         )
 
     def run(self) -> None:

@@ -12,6 +12,7 @@ import pytest
 from fakes import LAYOUT, chunk_hash, eventually, sealed
 from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     BLOCKS,
+    LOAD_SLOTS,
     SPACES,
     Worker,
     Workers,
@@ -27,8 +28,8 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 from objectcache.config import parse
 from objectcache.device import HostSlots
 from objectcache.errors import Unavailable
-from objectcache.messages import LoadCommand, Saved, Staged, StepCommands, Streamed
-from objectcache.mover import Berth
+from objectcache.messages import LoadCommand, Saved, StageCommand, Staged, StepCommands, Streamed
+from objectcache.mover import Berth, Placed
 from objectcache.mover_process import MoverProcess
 from objectcache.saver import SaveResult
 from objectcache.streamer import StageResult
@@ -183,7 +184,7 @@ def mover_at(folder: str) -> tuple[MoverProcess, HostSlots]:
     slots = HostSlots(4, LAYOUT.object_bytes, pinned=False, shared=True)
     assert slots.descriptor is not None
     options = parse({"url": f"file://{folder}", "chunk_tokens": LAYOUT.chunk_tokens})
-    mover = MoverProcess(Berth(options, LAYOUT, range(3), 0), slots.descriptor)
+    mover = MoverProcess(Berth(options, LAYOUT, 4, range(3), 0), slots.descriptor)
     mover.enter("space", LAYOUT.namespace_digest)
     return mover, slots
 
@@ -192,7 +193,7 @@ def heard(mover: MoverProcess, count: int) -> list:
     events: list = []
 
     def there() -> bool:
-        events.extend(mover.take())
+        events.extend(event for event in mover.take() if not isinstance(event, Placed))
         return len(events) >= count
 
     assert eventually(there), events
@@ -279,3 +280,54 @@ def test_it_takes_no_memory_of_the_parent(tmp_path: Path) -> None:
     mover.close(1.0)
     assert "libtorch" not in mapped and "vllm" not in mapped
     assert time.monotonic() - began < 10
+
+
+# ---- several of them
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_bring_a_prefix_together(workers: Workers, url: str, count: int) -> None:
+    writer = filled(workers, url, 12)
+    worker = beside(workers, url, processes=count)
+    assert len(processes()) == count and worker.half.stage_chunks == LOAD_SLOTS
+    worker.step(stages=[StageCommand(1, [chunk_hash(n) for n in (2, 3, 4)], first=1)])
+    assert worker.staged(1) == Staged(1, 3)
+    ids = [20, 3, 11, 5, 17, 8]
+    worker.step(loads=[LoadCommand(1, 0, ids)])
+    assert same(worker.blocks(ids), writer.blocks([2, 3, 4, 5, 6, 7]))
+    worker.step(stages=[stage(2, 1, 2, 99, 4, 5)])
+    assert worker.staged(2) == Staged(2, 2, "NotFound")
+    worker.step(stages=[stage(3, 1, 2, 3, 4, 5, 6), stage(4, 7, 8, 9, 10)])
+    worker.step(releases=[2])
+    assert worker.staged(3) == Staged(3, 6)
+    worker.step(releases=[3])
+    assert worker.staged(4) == Staged(4, 4)
+    worker.step(releases=[4], saves=[save(20, [0, 1]), save(21, [2, 3])])
+    assert {saved.outcome for saved in worker.saved(2)} == {"written"}
+    assert worker.quiet() and worker.forgot_all()
+    if count == 2:
+        kill_one(worker)
+        worker.step(stages=[stage(5, 1, 2, 3)])
+        assert worker.staged(5).error == "Unavailable"
+        worker.step(releases=[5])
+        assert worker.quiet()
+
+
+def kill_one(worker: Worker) -> None:
+    one = worker.half._mover._movers[0]
+    one._child._process.kill()
+    assert eventually(lambda: one._child.ended)
+
+
+@pytest.mark.parametrize("round_", range(3))
+def test_several_and_releases_at_any_time(workers: Workers, url: str, round_: int) -> None:
+    filled(workers, url, 6)
+    worker = beside(workers, url, processes=2)
+    for job in range(30):
+        numbers = [1 + (job + k) % 6 for k in range(1 + job % 6)]
+        worker.half.receive(StepCommands(worker.namespace, stages=[stage(job, *numbers)]))
+        if job % 3 == 0:
+            time.sleep(0.003)
+        worker.half.receive(StepCommands(worker.namespace, releases=[job]))
+    assert worker.quiet() and worker.forgot_all()
+    assert worker.reports.staged == [] and worker.half._mover._stages == {}

@@ -63,12 +63,13 @@ MAP: dict[str, str] = {
     "saver": "asyncio clock",
     "mover": "threads",
     "mover_process": "threads clock files processes",
+    "movers": "",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
     "parked": "torch vllm",
     "scheduler": "asyncio clock vllm",
-    "worker": "torch vllm",
+    "worker": "torch vllm files",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
     # the command

@@ -61,6 +61,7 @@ class Rig:
             lambda slot: memoryview(self.memory[slot]),
             self.timeout_s,
             self.staged.put,
+            [0] * len(self.memory),
         )
 
     def fill(self, *numbers: int) -> None:
