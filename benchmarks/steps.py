@@ -41,9 +41,10 @@ from benchmarks.clients import (
     ObjectCacheObstore,
     Read,
 )
+from benchmarks.decodes import SEQUENCES, Decodes
 from benchmarks.engine import SETTINGS
 from benchmarks.lab import MIB, Lab, Scale
-from benchmarks.tiny_model import prompt_tokens, write_model
+from benchmarks.tiny_model import write_model
 from objectcache import keys
 from objectcache.config import parse
 from objectcache.device import HostSlots
@@ -53,13 +54,11 @@ from objectcache.mover import Berth
 from objectcache.mover_process import MoverProcess
 from objectcache.streamer import StageResult
 
-SEQUENCES, PROMPT_TOKENS = 32, 100
 PACED_GB_PER_S = 10.0
-SETTLE_STEPS = 15  # prefills, and the first decode steps after them
 SPACE = "steps"
 CROWD, PACED_CROWD = 64, 8  # chunks at once
 # The sizes of Llama-3.1-8B; what is made of them is random.
-GEOMETRY = {
+GEOMETRY: dict[str, Any] = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"},
     **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
     **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -132,54 +131,18 @@ class Seen:
         )
 
 
-class Engine:
-    """A vLLM engine in this process that decodes one batch at a time."""
+def open_engine(model: Path, cpu: bool) -> Any:
+    """A vLLM engine in this process."""
+    from vllm import LLM
 
-    def __init__(self, model: Path, cpu: bool) -> None:
-        from vllm import LLM
-
-        options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.8}
-        if cpu:
-            options = {
-                **{"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05},
-                **{"kv_cache_memory_bytes": 256 << 20, "distributed_executor_backend": "uni"},
-            }
-        # A prefix cache would not matter: the prompts are shorter than the time they take.
-        self._engine = LLM(
-            model=str(model), skip_tokenizer_init=True, max_model_len=8192, **options
-        ).llm_engine
-        self._made = 0
-
-    def begin(self) -> list[str]:
-        """A fresh batch, past its prefills."""
-        from vllm import SamplingParams
-
-        names = []
-        for _ in range(SEQUENCES):
-            self._made += 1
-            names.append(f"decode{self._made}")
-            parameters = SamplingParams(temperature=0.0, max_tokens=8000, ignore_eos=True)
-            prompt = {"prompt_token_ids": prompt_tokens(PROMPT_TOKENS, seed=self._made)}
-            self._engine.add_request(names[-1], prompt, parameters)
-        for _ in range(SETTLE_STEPS):
-            self._engine.step()
-        return names
-
-    def step_times_ms(self, seconds: float) -> list[float]:
-        """How long each step took, for so long."""
-        times, began = [], time.perf_counter()
-        before = began
-        while before - began < seconds:
-            self._engine.step()
-            now = time.perf_counter()
-            times.append((now - before) * 1000)
-            before = now
-        return times
-
-    def end(self, names: list[str]) -> None:
-        self._engine.abort_request(names)
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+    options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.8}
+    if cpu:
+        options = {
+            **{"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05},
+            **{"kv_cache_memory_bytes": 256 << 20, "distributed_executor_backend": "uni"},
+        }
+    # A prefix cache would not matter: the prompts are shorter than the time they take.
+    return LLM(model=str(model), skip_tokenizer_init=True, max_model_len=8192, **options).llm_engine
 
 
 class Source:
@@ -329,7 +292,7 @@ class ProcessSource:
                             raise event.error
                         self._landed_bytes += under_way[n].pop(event.job) * self._size
                         mover.release(event.job)
-                time.sleep(0.001)
+                time.sleep(0.005)  # an engine looks once a step
         except (AssertionError, ObjectCacheError) as exc:
             self._failure = exc  # told by stop()
 
@@ -343,7 +306,7 @@ def name_as_engines_do(chunks: Chunks) -> None:
 
 
 def measure(
-    engine: Engine, source: Source | ProcessSource, stream: Stream, seconds: float, seen: Seen
+    engine: Decodes, source: Source | ProcessSource, stream: Stream, seconds: float, seen: Seen
 ) -> None:
     """One round of one stream."""
     names = engine.begin()
@@ -419,7 +382,7 @@ def run(args: argparse.Namespace) -> int:
                 model = folder / "model"
                 model.mkdir()
                 (model / "config.json").write_text(json.dumps(GEOMETRY))
-            engine = Engine(model, args.cpu)
+            engine = Decodes(open_engine(model, args.cpu))
             memory = pinned(slots * lab.chunks.object_bytes)
             at = Endpoint(**lab.endpoints()["nginx"])
             say(f"ready after {time.monotonic() - began:.0f} s")
@@ -437,7 +400,7 @@ def run(args: argparse.Namespace) -> int:
 
 def rounds(
     args: argparse.Namespace,
-    engine: Engine,
+    engine: Decodes,
     chunks: Chunks,
     memory: memoryview,
     at: Endpoint,
