@@ -191,13 +191,16 @@ class Coming:
         if not self._waiting:
             return None
         waited_s = max(0.0, now - self._began)
-        middle = _latest_s(self._store, self._waiting, waited_s, 0.5)
-        high = _latest_s(self._store, self._waiting, waited_s, _ONE_SIGMA)
+        middle = latest_first_byte_s(self._store, self._waiting, waited_s, 0.5)
+        high = latest_first_byte_s(self._store, self._waiting, waited_s, _ONE_SIGMA)
         return _At(self._began + middle, high - middle)
 
 
-def _latest_s(store: StoreModel, requests: int, waited_s: float, share: float) -> float:
-    """The quantile of the latest first byte of requests that have waited so long, from their start."""
+def latest_first_byte_s(
+    store: StoreModel, requests: int, waited_s: float = 0.0, share: float = 0.5
+) -> float:
+    """When the last of so many requests gets its first byte, in seconds from when they were sent: the
+    quantile `share` of that, if none got it in the `waited_s` that have passed."""
     sigma = max(1e-6, math.log(store.first_byte_p99_s / store.first_byte_s) / _NORMAL.inv_cdf(0.99))
     came = 0.0
     if waited_s > 0.0:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_sim import SimulatedStore, Timeline
 
-from objectcache.arrival import Coming, _latest_s
+from objectcache.arrival import Coming, latest_first_byte_s
 from objectcache.flow import StoreModel
 
 MIB = 1 << 20
@@ -89,7 +89,7 @@ def test_the_latest_first_byte_is_that_of_the_law(requests: int, waited_s: float
         return NormalDist().cdf(math.log(max(1e-9, at) / 0.027) / sigma)
 
     for share in (0.1, 0.5, 0.9):
-        at = _latest_s(S3, requests, waited_s, share)
+        at = latest_first_byte_s(S3, requests, waited_s, share)
         if came(waited_s) < 0.999:
             by_then = ((came(at) - came(waited_s)) / (1 - came(waited_s))) ** requests
             assert by_then == pytest.approx(share, abs=0.01)
