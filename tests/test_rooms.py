@@ -27,6 +27,11 @@ MAP: dict[str, str] = {
     "index": "",
     "keys": "",
     "plan": "",
+    "compute": "",
+    "arrival": "",
+    "moment": "",
+    "worth": "",
+    "sharing": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -80,6 +85,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
+    *("compute", "arrival", "moment", "worth", "sharing"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {
