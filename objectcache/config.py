@@ -79,6 +79,21 @@ class Options:
         low=0,
         high=16,
     )
+    admission: str = _option(
+        "staged",
+        "When a prompt is admitted whose prefix is on its way: `staged`, when all of it lies verified in "
+        "host memory, or `just-in-time`, when the layers still missing will be there before they are "
+        "needed. The latter needs vLLM's `kv_load_failure_policy` to be `fail`: a request whose last "
+        "layers then do not come ends with an error.",
+        choices=("staged", "just-in-time"),
+    )
+    late_timeout_ms: int = _option(
+        2000,
+        "How long a step may wait for a layer of a prompt that was admitted just in time; then that "
+        "request ends with an error.",
+        low=1,
+        high=60_000,
+    )
     lookup_timeout_ms: int = _option(
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1
     )

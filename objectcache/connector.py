@@ -28,6 +28,7 @@ from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
 from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
+from objectcache.timely import Timely
 from objectcache.weights import LoraDigests, Weights
 from objectcache.worker import WorkerHalf
 
@@ -55,6 +56,12 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = parse(self._kv_transfer_config.kv_connector_extra_config)
+        if self._options.admission == "just-in-time" and self._may_stream:
+            raise Misconfigured(
+                "option 'admission' is just-in-time, and kv_load_failure_policy is recompute: vLLM does "
+                "not recompute rightly what a running request lacks.",
+                "set kv_load_failure_policy to fail, or admission to staged.",
+            )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
@@ -77,6 +84,10 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def _may_stream(self) -> bool:
         """Otherwise vLLM ends a request with an error if any of its blocks is not loaded."""
         return self._kv_transfer_config.kv_load_failure_policy == "recompute"
+
+    def _timely(self, places: list[WorkerPlace]) -> Timely:
+        most = self._vllm_config.scheduler_config.max_num_batched_tokens
+        return Timely(places[0].slice_bytes, most, len(places))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -127,6 +138,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             saves=transfer.is_kv_producer,
             local_prefixes=bool(cache.enable_prefix_caching),
             stage_chunks=min(p.stage_chunks for p in places) if self._may_stream else None,
+            timely=self._timely(places) if self._options.admission == "just-in-time" else None,
         )
         self._places = places
         self._scheduler.check()
@@ -233,7 +245,11 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             streams=self._may_stream,
         )
         self._place = WorkerPlace(
-            facts, rank // replicas, world // replicas, self._worker.stage_chunks
+            facts,
+            rank // replicas,
+            world // replicas,
+            self._worker.stage_chunks,
+            self._worker.slice_bytes,
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -81,6 +81,18 @@ class HostSlots:
         return self._views[slot]
 
 
+class Bytes(Protocol):
+    """What a step's loads copy from, while it is on its way."""
+
+    def layers_ready(self) -> int:
+        """Leading layers that may be copied now."""
+        ...
+
+    def wait(self, layer: int) -> None:
+        """Until layer `layer` may be copied, or it does not matter any more."""
+        ...
+
+
 class Copies(ABC):
     """`pages[l]` is layer l as uint8 [blocks, page_bytes]; layers in the order of the object format."""
 
@@ -92,6 +104,7 @@ class Copies(ABC):
         self._layout = layout
         self._runs: list[tuple[int, list[Run]]] = []
         self._waited = [True] * len(self._pages)
+        self._coming: Bytes | None = None
         self._saves: list[tuple[int, Run]] = []
         self._layers_saved: set[int] = set()
 
@@ -100,10 +113,14 @@ class Copies(ABC):
         """Whether this step has loads."""
         return bool(self._runs)
 
-    def submit_loads(self, loads: Sequence[tuple[int, list[Run]]]) -> None:
-        """The loads of this step, as (job, runs). Before the forward pass."""
+    def submit_loads(
+        self, loads: Sequence[tuple[int, list[Run]]], coming: Bytes | None = None
+    ) -> None:
+        """The loads of this step, as (job, runs). Before the forward pass. With `coming` their bytes may
+        still be on their way."""
         assert not self._runs, "a step's loads are submitted once"
         self._runs = list(loads)
+        self._coming = coming
         if self._runs:
             self._waited = [False] * len(self._pages)
             self._begin_loads()
@@ -112,6 +129,8 @@ class Copies(ABC):
         """Make layer `layer` safe for what the caller's stream does next. Idempotent."""
         if not self._waited[layer]:
             self._waited[layer] = True
+            if self._coming is not None:
+                self._coming.wait(layer)
             self._wait(layer)
 
     def wait_all(self) -> None:
@@ -343,6 +362,8 @@ class CudaCopies(Copies):
     def _submit_layers(self, last: int) -> None:
         """Layers up to `last`. The rest follows while the first are computed on, so that neither the
         first kernel nor the first page waits for thousands of calls."""
+        if self._coming is not None:
+            last = min(last, self._coming.layers_ready())
         while self._submitted < min(last, len(self._pages)):
             layer = self._submitted
             for batch in self._batches:

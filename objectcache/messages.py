@@ -27,6 +27,7 @@ class LoadCommand:
     job: int
     first_block: int
     block_ids: list[int]
+    coming: bool = False  # its last layers may not be there yet
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class StepCommands(KVConnectorMetadata):
         default_factory=list
     )  # streams that nobody waits for; none of it counts
     saves: list[SaveCommand] = field(default_factory=list)
-    forget: bool = False  # nothing is known any more to be in the store
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,17 @@ class Staged:
     job: int
     chunks: int
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Coming:
+    """So far the job's chunks, `chunks` of them, have `layers` layers verified, all of them together; and
+    each the first `ready`."""
+
+    job: int
+    chunks: int
+    ready: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ class StepReport(KVConnectorWorkerMetadata):
     staged: list[Staged] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
     streamed: list[Streamed] = field(default_factory=list)
+    coming: list[Coming] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)  # that this is the report of, one for each rank
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
@@ -105,6 +119,8 @@ class StepReport(KVConnectorWorkerMetadata):
             self.staged + other.staged,
             self.saved + other.saved,
             self.streamed + other.streamed,
+            self.coming + other.coming,
+            self.steps + other.steps,
         )
 
 
@@ -113,11 +129,13 @@ class WorkerPlace(KVConnectorHandshakeMetadata):
     """What only a worker knows, told once after its KV cache exists.
 
     `facts` go into the namespace; `shard` of `shards` is the part of each chunk that it holds;
-    `stage_chunks` is the most that one job can stage; `error` is why it cannot take part, or "".
+    `stage_chunks` is the most that one job can stage; `slice_bytes` is the size of each layer of a
+    chunk; `error` is why it cannot take part, or "".
     """
 
     facts: dict[str, Any]
     shard: int
     shards: int
     stage_chunks: int = 0
+    slice_bytes: tuple[int, ...] = ()
     error: str = ""

@@ -7,13 +7,17 @@ is a lookup, a copy or an event: none waits for the store.
 import os
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from objectcache.config import Options
 from objectcache.device import Copies, HostSlots, Run, open_copies
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError
 from objectcache.format import ObjectLayout
+from objectcache.late import Coming as LateLoad
+from objectcache.late import Late
 from objectcache.messages import (
+    Coming,
     LoadCommand,
     SaveCommand,
     Saved,
@@ -98,6 +102,13 @@ class WorkerHalf:
         self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
         self._parked = Parked(self._copies, self._mover, chunk_blocks)
         self._failed_blocks: set[int] = set()
+        self._placed: dict[int, list[int]] = {}  # job -> slots to which its chunks come, or came
+        self._late = Late(
+            self._slots.progress,
+            len(self._pages),
+            options.late_timeout_ms / 1000,
+            self._hear,
+        )
         self._closed = False
 
     # ---- hooks of a step, in their order
@@ -126,7 +137,8 @@ class WorkerHalf:
         loads, self._commands.loads = self._commands.loads, []
         if not loads:
             return
-        self._copies.submit_loads([(load.job, self._runs(load)) for load in loads])
+        runs = [(load.job, self._runs(load)) for load in loads]
+        self._copies.submit_loads(runs, self._late if self._late.jobs() else None)
         if not hooks_fire:
             self._copies.wait_all()
 
@@ -162,8 +174,10 @@ class WorkerHalf:
         return {request.request_id for request in ended}
 
     def failed_blocks(self) -> set[int]:
-        """Page numbers of parked requests that were not loaded. Each is named once."""
-        failed, self._failed_blocks = self._failed_blocks, set()
+        """Page numbers that were not loaded, of parked requests and of those that were admitted before
+        all was there. Each is named once."""
+        failed = self._failed_blocks | self._late.failed_blocks
+        self._failed_blocks, self._late.failed_blocks = set(), set()
         return failed
 
     def report(self) -> StepReport | None:
@@ -172,9 +186,26 @@ class WorkerHalf:
         report, self._reports = self._reports, StepReport()
         for saved in report.saved:
             self._counters.add(_SAVE_COUNTER[saved.outcome])
-        return report if report.staged or report.saved or report.streamed else None
+        if self._commands.step:
+            report.steps.append(self._commands.step)
+            self._commands.step = 0
+            report.coming += self._coming()
+        return report if report != StepReport() else None
+
+    def _coming(self) -> list[Coming]:
+        """How far the jobs are that have not ended."""
+        layers, found = len(self._pages), []
+        for job, slots in self._placed.items():
+            if job not in self._staged and job not in self._loading:
+                progress = self._slots.progress[slots]
+                ready = int(progress.min(initial=layers))
+                found.append(Coming(job, len(slots), ready, int(progress.sum(dtype=int))))
+        return found
 
     def stats(self) -> ObjectCacheStats | None:
+        self._counters.add("waited_layers", self._late.waits)
+        self._counters.add("failed_prompts", self._late.lost)
+        self._late.waits = self._late.lost = 0
         counters = self._mover.counters
         for name in STORE_COUNTERS:
             now = getattr(counters, name)
@@ -186,6 +217,11 @@ class WorkerHalf:
     def stage_chunks(self) -> int:
         """Most chunks that one job can stage."""
         return self._stage_chunks
+
+    @property
+    def slice_bytes(self) -> tuple[int, ...]:
+        """Of each layer of a chunk."""
+        return self._layout.slice_bytes
 
     @property
     def leased_slots(self) -> int:
@@ -208,6 +244,7 @@ class WorkerHalf:
     # ---- commands
 
     def _release(self, job: int) -> None:
+        self._placed.pop(job, None)
         slots = self._staged.pop(job, None)
         if slots is None:
             self._given_up.add(job)
@@ -217,11 +254,21 @@ class WorkerHalf:
 
     def _runs(self, load: LoadCommand) -> list[Run]:
         """A job's blocks, slot by slot."""
-        slots = self._staged.pop(load.job)  # a KeyError is a bug: fail the step, not the tokens
-        self._loading.add(load.job)
         per_slot = self._layout.chunk_blocks
         skipped, first = divmod(load.first_block, per_slot)
         chunks = split(load.block_ids, first, per_slot)
+        # A KeyError is a bug: fail the step, not the tokens.
+        if load.coming:
+            slots, staged = self._placed.pop(load.job), self._staged.pop(load.job, None)
+            blocks = [block_ids for _, block_ids in chunks]
+            used = np.array(slots[skipped : skipped + len(chunks)], np.int64)
+            self._late.begin(LateLoad(load.job, used, blocks, skipped))
+            if staged is not None:
+                self._late.ended(load.job, len(staged))
+        else:
+            slots = self._staged.pop(load.job)
+            self._placed.pop(load.job, None)
+        self._loading.add(load.job)
         return [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
 
     def _save(self, save: SaveCommand) -> None:
@@ -243,10 +290,14 @@ class WorkerHalf:
         if self._closed:
             return
         for job in self._copies.loaded():
-            self._loading.discard(job)
-            self._mover.release(job)
+            if not self._late.copied(job):
+                self._loading.discard(job)
+                self._mover.release(job)
         self._hand_over_saves()
         self._hear()
+        for job in self._late.over():
+            self._loading.discard(job)
+            self._mover.release(job)
 
     def _hand_over_saves(self) -> None:
         for number in self._copies.saved():
@@ -261,7 +312,8 @@ class WorkerHalf:
                 if event.error is not None:
                     self._reporter.warn("save chunks", event.error)
             elif isinstance(event, Placed):
-                pass
+                if event.job not in self._given_up:
+                    self._placed[event.job] = event.slots
             elif isinstance(event, StageResult):
                 self._settle(event)
             else:
@@ -276,7 +328,10 @@ class WorkerHalf:
         self._counters.add("staged_chunks", len(result.slots))
         if error is not None:
             self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
+        if self._late.ended(result.job, len(result.slots)):
+            return
         if result.job in self._given_up or self._closed:
+            self._placed.pop(result.job, None)
             self._given_up.discard(result.job)
             self._mover.release(result.job)
             return

@@ -32,6 +32,7 @@ MAP: dict[str, str] = {
     "moment": "",
     "worth": "",
     "sharing": "",
+    "timely": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -60,6 +61,7 @@ MAP: dict[str, str] = {
     "staging": "torch",
     "device": "torch files",
     "pages": "torch vllm-late",
+    "late": "clock",
     # work on a loop
     "lookup": "asyncio threads",
     "reading": "asyncio",
@@ -85,7 +87,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing"),
+    *("compute", "arrival", "moment", "worth", "sharing", "timely"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {

@@ -252,6 +252,7 @@ class _Worker:
             for kv in self.kv.values()
         ]
         self.connector, self.place = None, None
+        self.wrong: list[tuple[set[int], str]] = []  # blocks that were not right in this step
         if config.kv_transfer_config is not None:
             self.connector = KVConnectorFactory.create_connector(
                 config, KVConnectorRole.WORKER, cache
@@ -292,6 +293,11 @@ class _Worker:
             output.finished_req_ids
         )
         result.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        # A request with one bad block fails as a whole, so that nobody sees what came of it.
+        for bad, where in self.wrong:
+            if not bad & result.invalid_block_ids:
+                raise WrongKV(where)
+        self.wrong.clear()
         result.kv_connector_stats = connector.get_kv_connector_stats()
         result.kv_connector_worker_meta = pickle.loads(
             pickle.dumps(connector.build_connector_worker_meta())
@@ -320,7 +326,9 @@ class _Worker:
                 seen = page[table].reshape(-1, ROW_BYTES)[:end]
                 if not torch.equal(seen, rows[layer][:end]):
                     wrong = (seen != rows[layer][:end]).any(dim=1).nonzero().flatten().tolist()
-                    raise WrongKV(f"request {name}, layer {layer}, positions {wrong[:8]} of {end}")
+                    bad = {blocks[at // self.engine.block_tokens] for at in wrong}
+                    where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
+                    self.wrong.append((bad, where))
 
     def _rows_of(self, request: Request, end: int) -> list[torch.Tensor]:
         """Layer by layer the right KV of the first `end` tokens: uint8 [end, ROW_BYTES]."""
