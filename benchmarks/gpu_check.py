@@ -174,15 +174,19 @@ class _Check:
     def beside_decodes(self, prompt: list[int]) -> dict[str, bool]:
         """A prompt whose every token but one comes from the store joins a batch of decodes."""
         others = [prompt_tokens(300, seed=s) for s in range(50, 54)]
+        self.poison()
+        half = self.scheduler.connector._scheduler
+        half._loads = False
+        self.ask_quietly(prompt[:-1])
         base = self.ask([prompt], beside=others)  # hit in the engine's own memory
-        self.settle()
+        half._loads = True
         self.poison()
         before = self.full_replays
         warm = self.ask([prompt], beside=others)
         self.settle()
         full = self.case.get("graphs", "FULL").startswith("FULL") and self.cuda
         return {
-            "decode_batch_hit": warm["cached"][0] == 4 * CHUNK,
+            "decode_batch_hit": warm["cached"][0] == base["cached"][0] == 4 * CHUNK,
             "decode_batch_equal": warm["tokens"] == base["tokens"],
             "decode_batch_full_graph": not full
             or self.full_replays > before
