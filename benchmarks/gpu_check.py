@@ -33,9 +33,7 @@ from typing import Any
 from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 
 SHAPE = ModelShape(layers=6, heads=8, kv_heads=4, head_size=128, hidden=512, intermediate=1024)
-POISON = (
-    0x7E  # a large number in every KV type; 0x7F is NaN in fp8, and one NaN spoils a whole block
-)
+POISON = 0x7E  # a large number in every KV type; 0x7F is NaN in fp8, which spoils a whole block
 CHUNK = 256
 CASE_LIMIT_S = 170
 # Most important first.
