@@ -65,6 +65,20 @@ class Options:
         "cannot do is done by the next.",
         choices=("auto", "direct", "obstore", "aiobotocore"),
     )
+    mover: str = _option(
+        "auto",
+        "Where bytes are moved: in a `process` beside each engine worker, so that streams do not take "
+        "Python's interpreter from vLLM's steps, in a `thread` of the worker, or `auto`: a process "
+        "where there is a GPU.",
+        choices=("auto", "process", "thread"),
+    )
+    processes: int = _option(
+        0,
+        "How many processes move bytes, each a part of every prefix, where `mover` is not a thread. "
+        "`0`: two on 8 cores or more, else one.",
+        low=0,
+        high=16,
+    )
     lookup_timeout_ms: int = _option(
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1
     )
@@ -192,5 +206,9 @@ def _check_url(options: Options) -> None:
         raise Misconfigured("option 'url' names no valid bucket.", where)
     if match[1] == "file" and not match[2].startswith("/"):
         raise Misconfigured("a file URL has three slashes.", "write file:///var/cache/kv.")
+    if match[1] == "memory" and options.mover == "process":
+        raise Misconfigured(
+            "a memory:// store cannot be shared with a process.", "leave 'mover' at 'auto'."
+        )
     if options.endpoint_url and not re.match(r"https?://[^/]+", options.endpoint_url):
         raise Misconfigured("option 'endpoint_url' is no HTTP address.", "write http://host:9000.")

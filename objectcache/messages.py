@@ -12,10 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 @dataclass(frozen=True)
 class StageCommand:
-    """Bring these chunks into host memory, in this order, and report how many came."""
+    """Bring these chunks into host memory, in this order, and report how many came. The first of them is
+    chunk `first` of its prefix."""
 
     job: int
     chunk_hashes: list[bytes]
+    first: int = 0
 
 
 @dataclass(frozen=True)

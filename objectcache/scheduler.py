@@ -341,7 +341,7 @@ class SchedulerHalf:
     def _stage(self, tracked: Tracked, first: int, count: int) -> None:
         job = self._new_job(tracked, first, count)
         self._jobs[job] = tracked
-        self._commands.stages.append(StageCommand(job, tracked.job_hashes))
+        self._commands.stages.append(StageCommand(job, tracked.job_hashes, first))
 
     def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:
         job = self._new_job(tracked, load.first, load.count)

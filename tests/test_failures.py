@@ -285,7 +285,7 @@ def test_down_between_staging_and_the_load(
     while not any(worker.leased_slots for worker in one.workers):
         one.step()
     # Until all is staged, though the scheduler has not heard of it.
-    assert eventually(lambda: all(w.connector._worker._results for w in one.workers))
+    assert eventually(lambda: all(w.connector._worker._mover._events for w in one.workers))
     proxy.down()
     try:
         one.run()

@@ -27,6 +27,11 @@ MAP: dict[str, str] = {
     "index": "",
     "keys": "",
     "plan": "",
+    "compute": "",
+    "arrival": "",
+    "moment": "",
+    "worth": "",
+    "sharing": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -53,7 +58,7 @@ MAP: dict[str, str] = {
     "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
     "staging": "torch",
-    "device": "torch",
+    "device": "torch files",
     "pages": "torch vllm-late",
     # work on a loop
     "lookup": "asyncio threads",
@@ -61,12 +66,15 @@ MAP: dict[str, str] = {
     "through": "asyncio",
     "streamer": "asyncio",
     "saver": "asyncio clock",
+    "mover": "threads",
+    "mover_process": "threads clock files processes",
+    "movers": "",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
-    "parked": "threads torch vllm",
+    "parked": "torch vllm",
     "scheduler": "asyncio clock vllm",
-    "worker": "threads torch vllm",
+    "worker": "torch vllm files",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
     # the command
@@ -77,6 +85,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
+    *("compute", "arrival", "moment", "worth", "sharing"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {

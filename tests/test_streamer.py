@@ -10,7 +10,7 @@ from fakes import LAYOUT, ScriptedStore, chunk_hash, eventually, loop_thread, se
 
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
 from objectcache.flow import StoreModel
-from objectcache.ring import Ring
+from objectcache.ring import Ring, shares
 from objectcache.shelf import Shelf
 from objectcache.stores.base import Pace
 from objectcache.streamer import StageResult, Streamer
@@ -29,9 +29,11 @@ class Rig:
     def __init__(self, loop, timeout_s: float = 5.0, slots: int = 8) -> None:
         self.loop = loop
         self.store = ScriptedStore()
-        self.ring = Ring(slots)
-        assert slots != 8 or self.ring.load_slots == LOAD_SLOTS
+        self.ring = Ring(shares(slots)[0])
+        assert slots != 8 or self.ring.slots == LOAD_SLOTS
         self.memory = [bytearray(POISON * LAYOUT.object_bytes) for _ in range(slots)]
+        self.progress = [0] * slots
+        self.placed: dict[int, list[int]] = {}
         self.results: queue.Queue[StageResult] = queue.Queue()
         self.streamer = Streamer(
             loop,
@@ -41,6 +43,8 @@ class Rig:
             lambda slot: memoryview(self.memory[slot]),
             timeout_s,
             self.results.put,
+            self.progress,
+            lambda job, slots: self.placed.update({job: slots}),
         )
 
     def fill(self, *numbers: int) -> None:
@@ -52,6 +56,10 @@ class Rig:
 
     def result(self, timeout_s: float = 5.0) -> StageResult:
         return self.results.get(timeout=timeout_s)
+
+    def ready(self, job: int) -> int:
+        """Layers that may be used of all the job's chunks."""
+        return min(self.progress[slot] for slot in self.placed[job])
 
     def give_back(self, result: StageResult) -> None:
         self.streamer.release(result.job)
@@ -292,15 +300,23 @@ def test_a_layer_is_ready_when_all_chunks_have_it(rig: Rig) -> None:
     layers = len(LAYOUT.slice_bytes)
     rig.store.script("read", key(1), gate=gates[0], landing=LAYOUT.slice_of(1).stop)
     rig.store.script("read", key(2), gate=gates[1], landing=LAYOUT.slice_of(0).stop)
-    assert rig.streamer.layers_ready(1) == 0
     rig.stage(1, 1, 2)
-    assert eventually(lambda: rig.streamer.layers_ready(1) == 1)
+    assert eventually(lambda: 1 in rig.placed)
+
+    assert eventually(lambda: rig.ready(1) == 1)
     gates[1].set()
-    assert eventually(lambda: rig.streamer.layers_ready(1) == 2)
+    assert eventually(lambda: rig.ready(1) == 2)
     assert rig.results.empty() and layers > 2
     gates[0].set()
     check_brought(rig, rig.result(), 1, 2)
-    assert rig.streamer.layers_ready(1) == 0
+    assert rig.ready(1) == layers
+    rig.stage(3, 1, 2)  # they lie there still
+    check_brought(rig, rig.result(), 1, 2)
+    assert rig.ready(3) == layers
+    rig.stage(4, 5, 6, 7, 8, 9, 10)
+    missing = rig.result()
+    assert not missing.slots and rig.ready(4) == 0
+    rig.give_back(missing)
 
 
 def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
@@ -367,7 +383,7 @@ def test_a_job_larger_than_the_ring_brings_what_fits(rig: Rig) -> None:
 
 def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
     hasty.fill(1, 2)
-    slots = hasty.ring.lease_loads(LOAD_SLOTS)
+    slots = hasty.ring.lease(LOAD_SLOTS)
     hasty.stage(1, 1)
     hasty.stage(2, 2)
     for job in (1, 2):
@@ -381,7 +397,7 @@ def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
 
 def test_a_job_that_gives_up_waiting_lets_the_next_go(hasty: Rig) -> None:
     hasty.fill(1, 2)
-    slots = hasty.ring.lease_loads(LOAD_SLOTS - 1)
+    slots = hasty.ring.lease(LOAD_SLOTS - 1)
     hasty.stage(1, 1, 2)
     time.sleep(0.1)
     hasty.stage(2, 2)
@@ -467,7 +483,7 @@ def test_cancel_after_the_report_leaves_the_slots_to_the_caller(rig: Rig) -> Non
 
 def test_cancel_of_a_waiting_job_lets_the_next_go(rig: Rig) -> None:
     rig.fill(1, 2)
-    slots = rig.ring.lease_loads(LOAD_SLOTS - 1)
+    slots = rig.ring.lease(LOAD_SLOTS - 1)
     rig.stage(1, 1, 2)
     rig.stage(2, 2)
     rig.streamer.cancel(1)

@@ -1,0 +1,235 @@
+"""How many chunks of a hit are worth loading; the rest is computed again. Not how they are loaded: see plan.py; not when they are used: see moment.py.
+
+Pure. Loading the first k chunks costs until they are there, less what hides behind computing; and
+then the rest of the prompt is computed. Every k is priced and the best is taken: that with the
+soonest first token, or with the least price where prices are given, or the cheapest one that keeps a
+deadline. A store that is not worth it is not used; after a pause one request tries it again.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from objectcache.arrival import latest_first_byte_s
+from objectcache.compute import ComputeModel, Estimate, Work, first_pass, prefill
+from objectcache.flow import StoreModel
+
+OPTIONS = 256  # numbers of chunks that are priced; of larger hits every second one, or fewer
+TRIAL_COSTS = 1.1  # times the time without: what a request pays at most to try the store again
+LOSSES = 3  # in a row, until the store is left alone
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0  # until it is tried again; doubles
+NOTHING_ELSE = Work()
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A prompt, what vLLM has of it itself, and the chunks after that which the store has."""
+
+    prompt_tokens: int
+    local_tokens: int
+    chunk_tokens: int
+    chunks: int
+    chunk_bytes: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Now:
+    """What the request meets: the store and the wire as measured, and who is before it."""
+
+    store: StoreModel
+    connections: int  # that it may use
+    bytes_per_s: float  # of the wire, for it; the connections may give less
+    wire_busy_s: float = 0.0  # with fetches that go before it
+    gpu_busy_s: float = 0.0  # with prefills that go before it
+    room_chunks: int = 1 << 62  # in the ring
+    pass_tokens: int = 8192  # most tokens in a pass
+    beside: Work = NOTHING_ELSE  # what else is in its passes
+    lookup_s: float = 0.0  # still to wait, before anything can be fetched
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Prices, to weigh time against money. In USD; a zero `hour_usd` weighs time alone."""
+
+    hour_usd: float = 0.0  # of waiting for the first token
+    request_usd: float = 0.4e-6
+    gb_usd: float = 0.0  # egress
+    gpu_hour_usd: float = 0.0  # of computing the prompt
+
+
+TIME_ALONE = Rates()
+
+
+@dataclass(frozen=True)
+class Option:
+    """What it takes to load so many chunks and to compute the rest. Seconds from now."""
+
+    chunks: int
+    tokens: int  # that are loaded
+    requests: int
+    load_s: float  # until all bytes are there
+    admit_s: float
+    compute: Estimate
+    first_token_s: float
+    usd: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best option, beside loading nothing and loading all that there is room for."""
+
+    best: Option
+    nothing: Option
+    everything: Option
+    deadline_s: float
+    trial: bool
+
+    @property
+    def keeps_deadline(self) -> bool:
+        return self.best.first_token_s <= self.deadline_s
+
+    def tell(self) -> str:
+        """For a person who asks why."""
+        what = f"Load {self.best.chunks} of {self.everything.chunks} chunks"
+        if not self.best.chunks:
+            what = f"Load none of {self.everything.chunks} chunks"
+        tried = ", to see whether the store is worth it again" if self.trial else ""
+        late = "" if self.keeps_deadline else ", too late for its deadline"
+        return (
+            f"{what}{tried}: first token in {_s(self.best.first_token_s)} ({self.best.usd:.2g} USD)"
+            f"{late}; with all of them in {_s(self.everything.first_token_s)} "
+            f"({self.everything.usd:.2g} USD), with none in {_s(self.nothing.first_token_s)} "
+            f"({self.nothing.usd:.2g} USD). Loading takes {_s(self.best.load_s)} by "
+            f"{self.best.requests} requests, computing the rest {_s(self.best.compute.mean_s)}."
+        )
+
+
+def choose(
+    hit: Hit,
+    now: Now,
+    compute: ComputeModel,
+    rates: Rates = TIME_ALONE,
+    deadline_s: float = math.inf,
+    trial: bool = False,
+) -> Choice:
+    """How many leading chunks to load, from none to as many as there is room for.
+
+    `deadline_s` is for the first token, from now; with prices, of the options that keep it the
+    cheapest is taken, and the soonest if none does. A `trial` loads the most that costs the request
+    little more than loading nothing; one chunk, if that costs more.
+    """
+    most = min(hit.chunks, now.room_chunks)
+    nothing, everything = (option(hit, chunks, now, compute, rates) for chunks in (0, most))
+    price = _price(rates, deadline_s)
+
+    def cost(chunks: int) -> tuple[float, float]:
+        return price(option(hit, chunks, now, compute, rates))
+
+    step = max(1, -(-most // OPTIONS))
+    best = min((*range(0, most, step), most), key=cost)
+    if step > 1:
+        best = min(range(max(0, best - step + 1), min(most, best + step - 1) + 1), key=cost)
+    tries = trial and not best and most > 0
+    if tries:
+        bearable_s = TRIAL_COSTS * nothing.first_token_s
+        costs = {n: option(hit, n, now, compute, rates) for n in _doubling(most)}
+        best = max((n for n in costs if costs[n].first_token_s <= bearable_s), default=1)
+    return Choice(option(hit, best, now, compute, rates), nothing, everything, deadline_s, tries)
+
+
+def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates) -> Option:
+    """What it takes to load so many chunks and to compute the rest."""
+    loaded = min(chunks * hit.chunk_tokens, max(0, hit.prompt_tokens - 1 - hit.local_tokens))
+    context = hit.local_tokens + loaded if chunks else hit.local_tokens
+    rest = hit.prompt_tokens - context
+    passes = prefill(rest, context, now.pass_tokens)
+    takes = compute.seconds(passes.then(_times(now.beside, passes.passes)))
+    first = compute.seconds(first_pass(rest, context, now.pass_tokens).beside(now.beside))
+    requests, load_s, admit_s = 0, 0.0, now.gpu_busy_s
+    if chunks:
+        requests = max(chunks, min(now.connections, chunks * hit.layers))
+        rate = min(now.bytes_per_s, requests * now.store.connection_bytes_per_s)
+        rate = min(rate, now.connections * now.store.connection_bytes_per_s)
+        begins_s = now.lookup_s + now.wire_busy_s
+        begins_s += latest_first_byte_s(now.store, min(requests, now.connections))
+        flows_s = max(
+            chunks * hit.chunk_bytes / max(1.0, rate), requests / now.store.requests_per_s
+        )
+        load_s = begins_s + flows_s
+        # Layers come one after the other: the first or the last one decides (moment.py).
+        hides_s = (hit.layers - 1) * min(first.mean_s, flows_s) / hit.layers
+        admit_s = max(now.gpu_busy_s, load_s - hides_s)
+    first_token_s = admit_s + takes.mean_s
+    usd = requests * rates.request_usd + chunks * hit.chunk_bytes / 1e9 * rates.gb_usd
+    usd += takes.mean_s / 3600 * rates.gpu_hour_usd + first_token_s / 3600 * rates.hour_usd
+    return Option(chunks, loaded, requests, load_s, admit_s, takes, first_token_s, usd)
+
+
+def _price(rates: Rates, deadline_s: float) -> Callable[[Option], tuple[float, float]]:
+    def soonest(option: Option) -> tuple[float, float]:
+        return (option.first_token_s, option.usd)
+
+    def cheapest(option: Option) -> tuple[float, float]:
+        late_s = option.first_token_s if option.first_token_s > deadline_s else 0.0
+        return (late_s, option.usd)
+
+    return cheapest if rates.hour_usd > 0.0 else soonest
+
+
+def _doubling(most: int) -> list[int]:
+    return [*(1 << n for n in range(most.bit_length()) if 1 << n < most), most]
+
+
+def _times(work: Work, passes: int) -> Work:
+    """Beside each of so many passes, which are counted already."""
+    return Work(0, work.tokens * passes, work.pairs * passes, work.read_tokens * passes)
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.3g} s"
+
+
+class Usefulness:
+    """Whether the store is used at all. It is not after some loads in a row that took longer than
+    computing would have, or when the models say so; then one request tries it after a pause that
+    doubles up to a minute."""
+
+    def __init__(self) -> None:
+        self._losses = 0
+        self._off = False
+        self._pause_s = FIRST_PAUSE_S
+        self._try_at = math.inf
+
+    @property
+    def off(self) -> bool:
+        return self._off
+
+    def may_use(self, now: float) -> bool:
+        return not self._off or now >= self._try_at
+
+    def tries(self, now: float) -> bool:
+        """Whether a request that asks now is to try a store that is off. Says so once for each pause."""
+        if not self._off or now < self._try_at:
+            return False
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._try_at = now + self._pause_s
+        return True
+
+    def not_worth(self, now: float) -> None:
+        """By the models nothing of a hit was worth it, because of the store."""
+        self._turn_off(now)
+
+    def loaded(self, now: float, took_s: float, without_s: float) -> None:
+        """A load took so long until its request could be admitted; without it `without_s` would have
+        passed until the same part was computed."""
+        if took_s <= without_s:
+            self._losses, self._off, self._pause_s = 0, False, FIRST_PAUSE_S
+            return
+        self._losses += 1
+        if self._losses >= LOSSES:
+            self._turn_off(now)
+
+    def _turn_off(self, now: float) -> None:
+        if not self._off:
+            self._off, self._try_at = True, now + self._pause_s

@@ -1,0 +1,186 @@
+"""When layers will be there: exact where all is steady, honest where it is not, and late when it is silent."""
+
+import math
+import random
+from statistics import NormalDist
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from store_sim import SimulatedStore, Timeline
+
+from objectcache.arrival import Coming, latest_first_byte_s
+from objectcache.flow import StoreModel
+
+MIB = 1 << 20
+LAYERS = 32
+S3 = StoreModel(0.027, 0.114, 85e6, 3e9)
+
+
+def coming(chunks: int, store: StoreModel = S3) -> Coming:
+    return Coming([chunks * MIB] * LAYERS, chunks, chunks, 0.0, store)
+
+
+@pytest.mark.parametrize("step_s", [0.002, 0.02, 0.1])
+@pytest.mark.parametrize("bytes_per_s", [2e8, 2e9, 2e10])
+def test_a_steady_stream_is_foretold(step_s: float, bytes_per_s: float) -> None:
+    one, total = coming(100), 100 * LAYERS * MIB
+    end = total / bytes_per_s
+    now = 0.0
+    for number in range(1, int(0.6 * end / step_s) + 1):
+        now = number * step_s
+        landed = int(bytes_per_s * now)
+        one.seen(now, landed, landed // (100 * MIB))
+    if not now:
+        return
+    found = one.arrivals(now)
+    for layer in range(LAYERS):
+        at = (layer + 1) * end / LAYERS
+        if at > now:
+            assert found.mean_s[layer] == pytest.approx(at, abs=0.3 * (end - now) + 2 * step_s)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(0, 1 << 24), min_size=1, max_size=40),
+    st.lists(
+        st.tuples(
+            st.floats(-0.1, 2.0), st.integers(-10, 1 << 26), st.integers(0, 45), st.integers(0, 5)
+        ),
+        max_size=30,
+    ),
+    st.floats(0.0, 10.0),
+)
+def test_whatever_is_reported_the_answer_is_in_order_and_not_in_the_past(
+    layer_bytes: list[int], reports: list[tuple[float, int, int, int]], later_s: float
+) -> None:
+    one = Coming(layer_bytes, 3, 3, 5.0, S3)
+    now, landed, ready = 5.0, 0, 0
+    for step_s, size, layers, waiting in reports:
+        now, landed = now + step_s, landed + size
+        one.seen(now, landed, layers, waiting)
+        ready = max(ready, min(layers, len(layer_bytes)))
+    found = one.arrivals(now + later_s)
+    assert len(found.mean_s) == len(found.sigma_s) == len(layer_bytes)
+    assert all(math.isfinite(value) for value in (*found.mean_s, *found.sigma_s))
+    assert list(found.mean_s) == sorted(found.mean_s)
+    seen = len(one._ready_at)
+    assert all(at <= now + 0.1 * len(reports) for at in found.mean_s[:seen])
+    assert all(at >= now + later_s for at in found.mean_s[seen:])
+    assert all(sigma_s >= 0.0 for sigma_s in found.sigma_s)
+
+
+def test_before_the_first_byte_it_is_what_the_store_was_seen_to_give() -> None:
+    found = coming(10).arrivals(0.0)
+    assert found.mean_s[-1] == pytest.approx(0.027 + 10 * LAYERS * MIB / (10 * 85e6))
+    one = coming(224)
+    one.seen(0.01, 0, 0, waiting=224)
+    first = one.arrivals(0.01).mean_s[0]
+    assert first == pytest.approx(0.147 + MIB / 85e6, abs=0.01)  # the latest of 224 first bytes
+
+
+@given(st.integers(1, 300), st.floats(0.0, 0.3))
+@settings(max_examples=30, deadline=None)
+def test_the_latest_first_byte_is_that_of_the_law(requests: int, waited_s: float) -> None:
+    """Against the definition: the chance that all of them come by then, given that none came yet."""
+    sigma = math.log(0.114 / 0.027) / NormalDist().inv_cdf(0.99)
+
+    def came(at: float) -> float:
+        return NormalDist().cdf(math.log(max(1e-9, at) / 0.027) / sigma)
+
+    for share in (0.1, 0.5, 0.9):
+        at = latest_first_byte_s(S3, requests, waited_s, share)
+        if came(waited_s) < 0.999:
+            by_then = ((came(at) - came(waited_s)) / (1 - came(waited_s))) ** requests
+            assert by_then == pytest.approx(share, abs=0.01)
+
+
+def test_silence_moves_everything_away() -> None:
+    one = coming(100)
+    for number in range(1, 101):
+        one.seen(number * 0.01, number * 10 * MIB, number // 10)
+    last = one.arrivals(1.0).mean_s[-1]
+    for number in range(101, 201):
+        one.seen(number * 0.01, 1000 * MIB, 10)
+    silent = one.arrivals(2.0)
+    assert silent.mean_s[-1] - 2.0 > 1.5 * (last - 1.0)
+    assert silent.mean_s[10] > 2.5  # it is overdue since 0.9 s
+    assert silent.sigma_s[10] > 0.5
+
+
+def test_a_straggler_counts_though_bytes_run_ahead() -> None:
+    """All but one stream are far ahead: layers become complete at the pace of that one."""
+    one = coming(100)
+    for number in range(1, 11):
+        now = number * 0.1
+        one.seen(now, min(99 * LAYERS, 990 * number) * MIB + number * MIB, number)
+    found = one.arrivals(1.0)
+    assert found.mean_s[-1] == pytest.approx(1.0 + 22 * 0.1, rel=0.1)
+
+
+def test_bytes_left_are_taken_at_their_word() -> None:
+    """Chunks come one after the other, so that no layer is near although most bytes are there."""
+    one = coming(100)
+    for number in range(1, 10):
+        whole = 10 * number
+        left = [(100 - whole) * MIB * (layer + 1) for layer in range(LAYERS)]
+        one.seen(number * 0.1, whole * LAYERS * MIB, 0, left_bytes=left)
+    found = one.arrivals(0.9)
+    assert found.mean_s[0] > 0.9 and found.mean_s[-1] == pytest.approx(1.0, abs=0.02)
+
+
+def test_it_is_as_sure_as_it_says() -> None:
+    """Against a simulated store: chunks read all at once, reports every 8 ms, asked in the middle."""
+    surprises = []
+    errors = []
+    for seed in range(60):
+        chance = random.Random(seed)
+        chunks = chance.choice((14, 56, 112, 224))
+        wire = chance.choice((1.25e9, 3e9, 6e9))
+        line = Timeline()
+        store = SimulatedStore(
+            line,
+            connection_bytes_per_s=85e6,
+            wire_bytes_per_s=wire,
+            first_byte_s=0.027,
+            first_byte_p99_s=0.114,
+            seed=seed,
+        )
+        began, landed = [0], [0]
+        complete, ready_at = [0] * LAYERS, [math.inf] * LAYERS
+
+        def first(began: list[int] = began) -> None:
+            began[0] += 1
+
+        def mark(
+            layer: int,
+            landed: list[int] = landed,
+            complete: list[int] = complete,
+            ready_at: list[float] = ready_at,
+            line: Timeline = line,
+            chunks: int = chunks,
+        ) -> None:
+            landed[0] += MIB
+            complete[layer] += 1
+            if complete[layer] == chunks:
+                ready_at[layer] = line.now
+
+        for _ in range(chunks):
+            store.get([((n + 1) * MIB, lambda n=n: mark(n)) for n in range(LAYERS)], first)
+        one = coming(chunks, StoreModel(0.03, 0.2, 80e6, 5e9))
+        ask_s = chance.uniform(0.05, 0.35)
+        for number in range(1, int(ask_s / 0.008)):
+            line.run(until=number * 0.008)
+            ready = sum(at < math.inf for at in ready_at)
+            one.seen(line.now, landed[0], ready, chunks - began[0])
+        now = line.now
+        found = one.arrivals(now)
+        line.run()
+        for layer in (0, 8, 16, 31):
+            if ready_at[layer] > now:
+                late_s = ready_at[layer] - found.mean_s[layer]
+                surprises.append(late_s > 2 * found.sigma_s[layer] + 0.01)
+                errors.append(abs(late_s) / (ready_at[layer] - now + 0.03))
+    assert len(errors) > 60
+    assert sum(surprises) < 0.1 * len(surprises)
+    assert sorted(errors)[len(errors) // 2] < 0.2
