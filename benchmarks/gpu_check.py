@@ -90,6 +90,7 @@ class _Check:
             skip_tokenizer_init=True,
             kv_transfer_config={
                 "kv_connector": "ObjectCacheConnector",
+                "kv_connector_module_path": "objectcache.connector",  # it need not be installed
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {
