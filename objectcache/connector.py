@@ -65,6 +65,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
+        self._layers_call_back = False
         lora = vllm_config.lora_config
         self._loras = LoraDigests(str(lora.lora_dtype) if lora is not None else "auto")
         self._refusal = support.refusal(vllm_config, kv_cache_config)
@@ -234,6 +235,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         rank = self._vllm_config.parallel_config.rank % world  # there is one pipeline stage
         replicas = self._kv_cache_config.kv_tp_replicas
         names, pages = layer_pages(self._kv_cache_config, kv_caches)
+        self._layers_call_back = support.layers_call_back(self._vllm_config, names)
         self._worker = WorkerHalf(
             self._options,
             names,
@@ -266,7 +268,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         # A replayed full graph calls no layer hook; under the V2 runner it is known by the
         # forward context being empty.
         hooks_fire = (
-            forward_context.attn_metadata is not None
+            self._layers_call_back
+            and forward_context.attn_metadata is not None
             and forward_context.cudagraph_runtime_mode != CUDAGraphMode.FULL
         )
         self._worker.start_loads(hooks_fire)
