@@ -281,7 +281,10 @@ class Ours(Session):
         return {
             **{"kv_connector": "ObjectCacheConnector", "kv_role": "kv_both"},
             "kv_connector_module_path": "objectcache.connector",
-            "kv_load_failure_policy": "recompute",
+            # vLLM does not recompute rightly what a running request lacks.
+            "kv_load_failure_policy": (
+                "fail" if self.setup.options.get("admission") == "just-in-time" else "recompute"
+            ),
             "kv_connector_extra_config": options | dict(self.setup.options),
         }
 

@@ -52,6 +52,7 @@ class Late:
         self.failed_blocks: set[int] = set()
         self.waits = 0  # layers that a step waited for
         self.lost = 0  # loads given up
+        self.waited = False  # since somebody set this
 
     def begin(self, load: Coming) -> None:
         """A step computes on this load's pages from now on."""
@@ -99,6 +100,7 @@ class Late:
         if self.layers_ready() > layer:
             return
         self.waits += 1
+        self.waited = True
         while self.layers_ready() <= layer:
             self._hear()
             self._give_up(layer, late=self._clock() >= self._until)

@@ -111,7 +111,7 @@ class StepReport(KVConnectorWorkerMetadata):
     saved: list[Saved] = field(default_factory=list)
     streamed: list[Streamed] = field(default_factory=list)
     coming: list[Coming] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)  # that this is the report of, one for each rank
+    steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)

@@ -234,8 +234,8 @@ class SchedulerHalf:
         """What workers did; each rank reports for itself."""
         now = time.monotonic()
         if self._timely is not None:
-            for step in report.steps:
-                self._timely.stepped(step, now)
+            for step, waited in report.steps:
+                self._timely.stepped(step, waited, now)
             for coming in report.coming:
                 self._timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for staged in report.staged:
@@ -363,7 +363,7 @@ class SchedulerHalf:
             if name in self._requests
         }
         if len(contexts) == len(scheduled):  # else there is work of which nothing is known
-            timely.scheduled(self._step, contexts, bool(commands.loads), time.monotonic())
+            timely.scheduled(self._step, contexts, time.monotonic())
 
     # ---- stages and streams
 

@@ -88,21 +88,19 @@ class Timely:
 
     # ---- steps
 
-    def scheduled(
-        self, step: int, requests: Mapping[str, tuple[int, int]], loads: bool, now: float
-    ) -> None:
-        """A step computes, of each request, so many tokens behind so many. One that loads is not timed."""
+    def scheduled(self, step: int, requests: Mapping[str, tuple[int, int]], now: float) -> None:
+        """A step computes, of each request, so many tokens behind so many."""
         work = Work()
         for tokens, context in requests.values():
             one = prefill(tokens, context, self._pass_tokens) if tokens > 1 else decodes(1, context)
             work = work.beside(one)
-        if work.tokens and not loads:
+        if work.tokens:
             self._steps.append((step, work._replace(passes=1), now))
 
-    def stepped(self, step: int, now: float) -> None:
-        """The results of a step are there."""
+    def stepped(self, step: int, waited: bool, now: float) -> None:
+        """The results of a step are there, on one rank. One that waited for layers is not timed."""
         while self._steps and self._steps[0][0] <= step:
             number, work, at = self._steps.popleft()
-            if number == step:
+            if number == step and not waited:
                 self.compute.timed(work, now - max(at, self._heard_at))
         self._heard_at = now

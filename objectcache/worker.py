@@ -187,7 +187,8 @@ class WorkerHalf:
         for saved in report.saved:
             self._counters.add(_SAVE_COUNTER[saved.outcome])
         if self._commands.step:
-            report.steps.append(self._commands.step)
+            report.steps.append((self._commands.step, self._late.waited))
+            self._late.waited = False
             self._commands.step = 0
             report.coming += self._coming()
         return report if report != StepReport() else None

@@ -75,7 +75,7 @@ MAP: dict[str, str] = {
     "messages": "vllm",
     "metrics": "vllm",
     "parked": "torch vllm",
-    "scheduler": "asyncio clock vllm",
+    "scheduler": "clock vllm",
     "worker": "torch vllm files",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
