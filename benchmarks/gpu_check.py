@@ -136,6 +136,10 @@ class _Check:
         # the same bytes and the same split.
         for prompt in prompts:
             self.ask_quietly(prompt[: len(prompt) // CHUNK * CHUNK])
+        for _ in range(3 if self.case.get("ring_mib") else 0):
+            self.settle()  # a small ring had no room for all saves
+            for prompt in prompts:
+                self.ask_quietly(prompt[: len(prompt) // CHUNK * CHUNK])
         base = self.ask_each(prompts)
         self.poison()
         warm = self.ask_each(prompts)
@@ -151,10 +155,12 @@ class _Check:
         checks["together_pages"] = together["pages"] == base["pages"]
         checks |= self.beside_decodes(prompts[1])
         checks |= self.aborts(prompts, warm)
-        checks |= self.preempted(prompts[0], base["pages"][0])
+        if self.case.get("async_scheduling") is False:
+            # Else blocks are freed a step later, and vLLM's cache cannot be emptied in between.
+            checks |= self.preempted(prompts[0], base["pages"][0])
         self.settle()
         checks["slots_came_back"] = self.worker_half().leased_slots == 0
-        if not self.case.get("ring_mib"):
+        if not self.case.get("ring_mib") and self.case.get("graphs") != "FULL":
             checks["layers_waited"] = self.layered > 0
         failed = sorted(name for name, right in checks.items() if not right)
         return {
@@ -184,6 +190,9 @@ class _Check:
         warm = self.ask([prompt], beside=others)
         self.settle()
         full = self.case.get("graphs", "FULL").startswith("FULL") and self.cuda
+        # There it is chance whether the prompt's last token meets nothing but decodes.
+        full &= self.case.get("async_scheduling") is not False
+        full &= "max_num_batched_tokens" not in self.case
         return {
             "decode_batch_hit": warm["cached"][0] == base["cached"][0] == 4 * CHUNK,
             "decode_batch_equal": warm["tokens"] == base["tokens"],
@@ -370,6 +379,7 @@ def _split_blocks(kernel_block: int) -> None:
         def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
             return [kernel_block]
 
+    SmallBlocks.__qualname__ = "SmallBlocks"  # vLLM imports it by that name
     globals()["SmallBlocks"] = SmallBlocks
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.SmallBlocks")
 

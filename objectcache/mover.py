@@ -54,7 +54,7 @@ class Berth:
     """What a mover may use of the ring: slots for loads, `apart` of them for streams alone.
 
     `layout` is that of the objects, but for their namespace. `populate` is whether all of the memory
-    is there already, so that to map it costs no memory.
+    is there already, so that to map it costs no memory. `threads` receive bodies; 0: see open_store.
     """
 
     options: Options
@@ -63,6 +63,7 @@ class Berth:
     load_slots: range
     apart: int
     populate: bool = False
+    threads: int = 0
 
 
 class Mover(ABC):
@@ -131,8 +132,7 @@ class LocalMover(Mover):
     """In this process, on a thread with a loop. `slot_view(slot)` is the memory of a slot, and
     `progress[slot]` how many leading layers of what comes there may be used.
 
-    `heard` is called, from any thread, when there is an event to take. `alone` is whether the
-    process has nothing else to do.
+    `heard` is called, from any thread, when there is an event to take.
     """
 
     def __init__(
@@ -141,7 +141,6 @@ class LocalMover(Mover):
         slot_view: Callable[[int], memoryview],
         progress: Progress,
         heard: Callable[[], None] = lambda: None,
-        alone: bool = False,
     ) -> None:
         self._options = berth.options
         self._layout = berth.layout
@@ -155,7 +154,7 @@ class LocalMover(Mover):
         self._held: set[int] = set()  # stage jobs that may hold slots
         self._streams: dict[int, _Stream] = {}  # streams that may
         self._savers: OrderedDict[str, Saver] = OrderedDict()
-        self._store = open_store(berth.options, alone)
+        self._store = open_store(berth.options, berth.threads)
         self._loop: LoopThread | None = LoopThread("objectcache-mover")
         self._streamer: Streamer | None = None
         self._loop.call(lambda loop: loop.spawn(self._open_store()), self._loop)

@@ -330,7 +330,6 @@ class _Served:
             lambda slot: ring[slot * size : (slot + 1) * size],
             progress,
             self._wake,
-            alone=True,
         )
 
     def run(self) -> None:

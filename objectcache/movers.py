@@ -62,6 +62,7 @@ def split(berth: Berth, count: int) -> list[Berth]:
             range(loads.start + n * share, loads.start + (n + 1) * share),
             max(1, berth.apart // count) if berth.apart else 0,
             berth.populate,
+            berth.threads,
         )
         for n in range(count)
     ]

@@ -6,6 +6,7 @@ is a lookup, a copy or an event: none waits for the store.
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from objectcache.saver import SaveResult
 from objectcache.streamer import StageResult
 
 # 16 cores, plain http: one brought 4.6 GB/s, two 10.2, four no more.
+THREADS = min(8, max(1, (os.cpu_count() or 1) // 2))  # of each, that receive bodies
 PROCESSES = 2 if (os.cpu_count() or 1) >= 8 else 1
 STREAM_SHARE = 8  # one load slot in eight is for streams, one at least
 
@@ -363,6 +365,7 @@ def _open_mover(berth: Berth) -> tuple[HostSlots, Mover, int]:
         try:
             shared = HostSlots(slots, berth.layout.object_bytes, pinned, shared=True)
             assert shared.descriptor is not None
+            berth = replace(berth, threads=THREADS)
             parts = split_berth(berth, options.processes or PROCESSES)
             each = [MoverProcess(part, shared.descriptor) for part in parts]
             return shared, each[0] if len(each) == 1 else Movers(each), most_chunks(parts)

@@ -34,7 +34,6 @@ _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is ther
 # Measured on 16 cores beside an engine that decodes: 4 threads brought 4.4 GB/s and made its median
 # step 3 % longer, 8 brought 6.3 GB/s and made it 59 % longer.
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 2))
-THREADS_ALONE = min(8, max(1, (os.cpu_count() or 1) // 2))  # in a process of its own
 _ERROR_BYTES_MAX = 16 << 10  # of an error's body that is read for its code
 _CODE = re.compile(rb"<Code>([A-Za-z0-9._-]{1,64})</Code>")
 _OTHER_PEERS = 3  # most addresses tried in one attempt after the first
