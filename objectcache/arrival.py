@@ -40,6 +40,15 @@ class _At(NamedTuple):
     sigma_s: float
 
 
+class _Rate(NamedTuple):
+    """Of bytes. What takes t seconds at this rate has the variance (walk_s + variance * t) * t."""
+
+    bytes_per_s: float
+    walk_s: float
+    variance: float
+    unsure: float  # of a rate that is still that of the prior, as a share
+
+
 class Coming:
     """One prefix on its way since `began`: `layer_bytes` of each layer, all `chunks` together, by
     `streams` requests at once. `groups` are the layers [first, last) of a request, as in a plan; none
@@ -112,9 +121,10 @@ class Coming:
         """As it looks after what was seen. `now` is not before the last report."""
         mean_s, sigma_s = list(self._ready_at), [0.0] * self._ready
         first_byte = self._last_first_byte(now)
+        rate = self._rate()
         latest = _At(now, 0.0)
         for layer in range(self._ready, len(self._behind)):
-            reasons = [latest, self._by_bytes(layer, now), self._by_slowest(layer, now)]
+            reasons = [latest, self._by_bytes(layer, now, rate), self._by_slowest(layer, now, rate)]
             pace = self._by_pace(layer, now)
             if pace is not None:
                 reasons.append(pace)
@@ -141,34 +151,32 @@ class Coming:
         self._surplus = self._surplus * kept + beyond**2 / seconds
         self._reports = self._reports * kept + 1
 
-    def _by_bytes(self, layer: int, now: float) -> _At:
+    def _rate(self) -> _Rate:
+        rate = max(1.0, self.bytes_per_s)
+        prior = self._prior_bytes_per_s**2 * BURST_S
+        diffusion = (prior + self._surplus) / (1 + self._reports)
+        unsure = PRIOR_SPREAD * math.sqrt(PRIOR_S / (PRIOR_S + self._seconds))
+        walk = diffusion / rate**2
+        return _Rate(rate, walk, walk / (PRIOR_S + self._seconds) + unsure**2, unsure)
+
+    def _by_bytes(self, layer: int, now: float, rate: _Rate) -> _At:
         """A walk with drift: the variance of what comes grows with time, and the rate is not sure."""
         left = self._left[layer] if self._left else max(0, self._behind[layer] - self._landed)
-        rate = max(1.0, self.bytes_per_s)
         begins = now
         if self._first_at is None and not self._waiting:
             begins = max(now, self._began + self._store.first_byte_s)
-        prior = self._prior_bytes_per_s**2 * BURST_S
-        diffusion = (prior + self._surplus) / (1 + self._reports)
-        takes_s = left / rate
-        variance = diffusion * takes_s / rate**2
-        variance += diffusion / (PRIOR_S + self._seconds) * (takes_s / rate) ** 2
-        variance += (takes_s * self._unsure()) ** 2
-        return _At(begins + takes_s, math.sqrt(variance))
+        takes_s = left / rate.bytes_per_s
+        return _At(begins + takes_s, math.sqrt((rate.walk_s + rate.variance * takes_s) * takes_s))
 
-    def _by_slowest(self, layer: int, now: float) -> _At:
+    def _by_slowest(self, layer: int, now: float, rate: _Rate) -> _At:
         """Its stream is at least as far as the last complete layer, or at the begin of its request."""
         if self._first_at is None:
             return _At(now, 0.0)
         begins = self._ready_at[-1] if self._ready_at else max(self._first_at, self._begun_at)
         first = max(self._ready, self._group_of[layer])
         size = self._behind[layer] - (self._behind[first - 1] if first else 0)
-        takes_s = size / self._chunks * self._streams / max(1.0, self.bytes_per_s)
-        return _At(max(now, begins + takes_s), takes_s * math.hypot(SHARE_SPREAD, self._unsure()))
-
-    def _unsure(self) -> float:
-        """Of a rate that is still that of the prior, as a share."""
-        return PRIOR_SPREAD * math.sqrt(PRIOR_S / (PRIOR_S + self._seconds))
+        takes_s = size / self._chunks * self._streams / rate.bytes_per_s
+        return _At(max(now, begins + takes_s), takes_s * math.hypot(SHARE_SPREAD, rate.unsure))
 
     def _by_pace(self, layer: int, now: float) -> _At | None:
         """None until two layers came one after the other. What is overdue is expected to take as long
