@@ -17,7 +17,7 @@ from objectcache.arrival import Coming
 from objectcache.compute import H100_8B, ComputeModel, Costs, Work, decodes, first_pass, prefill
 from objectcache.flow import Flow, StoreModel
 from objectcache.format import ObjectLayout
-from objectcache.plan import Groups, Limits, plan
+from objectcache.plan import Limits, Plan, plan
 
 CHUNK_TOKENS, LAYERS, SLICE_BYTES = 256, 32, 1 << 20
 LAYOUT = ObjectLayout(bytes(32), CHUNK_TOKENS, 16, 0, 1, (SLICE_BYTES,) * LAYERS)
@@ -73,8 +73,9 @@ class Request:
 class Fetch:
     """A prefix on its way: which of its requests were sent, began and ended."""
 
-    def __init__(self, request: Request, chunks: int, groups: Groups) -> None:
-        self.request, self.chunks, self.groups = request, chunks, groups
+    def __init__(self, request: Request, plan: Plan) -> None:
+        self.request, self.chunks, self.groups = request, plan.chunks, plan.groups
+        chunks, groups = plan.chunks, plan.groups
         self.unsent = [at for at in range(len(groups)) for _ in range(chunks)][::-1]
         self.begun = [0] * len(groups)
         self.last_from = [0.0] * len(groups)  # the service from which the latest body counts
@@ -106,9 +107,13 @@ class Fetch:
 
 
 @functools.cache
-def groups_of(chunks: int, connections: int) -> Groups:
-    """By the package's plan for a store as S3 is."""
-    return plan(chunks, LAYOUT, StoreModel(), Limits(connections)).groups
+def plan_of(chunks: int, connections: int, store: StoreModel, layer_s: float) -> Plan:
+    """The package's plan. Its model of the store and the layers' time come rounded, to be found again."""
+    return plan(chunks, LAYOUT, store, Limits(connections), layer_s=layer_s)
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.1g}") if value < math.inf else value
 
 
 @dataclass
@@ -187,9 +192,22 @@ class Engine:
         if chunks:
             loaded = min(chunks * CHUNK_TOKENS, (request.prompt_tokens - 1) // 16 * 16)
             request.context, request.left = loaded, request.prompt_tokens - loaded
-            request.fetch = Fetch(request, chunks, groups_of(chunks, self._setting.connections))
+            request.fetch = Fetch(request, self._plan(request, chunks))
             self._begin_fetches()
         self._wake()
+
+    def _plan(self, request: Request, chunks: int) -> Plan:
+        seen = self._flow.model()
+        store = StoreModel(
+            rounded(seen.first_byte_s),
+            rounded(max(seen.first_byte_p99_s, 1.5 * seen.first_byte_s)),
+            rounded(seen.connection_bytes_per_s),
+            rounded(seen.wire_bytes_per_s),
+        )
+        layer_s = rounded(self._first_pass_s(request).mean_s / LAYERS)
+        if self._setting.mode == moment.STAGED:
+            layer_s = 0.0
+        return plan_of(chunks, self._flow.limit(self._line.now), store, layer_s)
 
     def _meets(self) -> worth.Now:
         setting, model = self._setting, self._flow.model()
@@ -300,7 +318,7 @@ class Engine:
             fetch.coming = Coming(
                 [fetch.chunks * SLICE_BYTES] * LAYERS,
                 fetch.chunks,
-                min(fetch.chunks * len(fetch.groups), self._setting.connections),
+                min(len(fetch.unsent), self._flow.limit(now)),
                 now,
                 self._flow.model(),
                 fetch.groups,
@@ -476,8 +494,8 @@ class Engine:
         self.tally.computed_tokens += step.work.tokens
         took_s = now - step.began_s
         self.tally.stalled_s += stalls_s
-        if not step.loads:
-            self._compute.timed(step.work, took_s)
+        if stalls_s == 0.0 and copies_s < GPU_NOISE * step.takes_s:
+            self._compute.timed(step.work, took_s)  # else it says nothing about computing
         for fetch in step.loads:
             fetch.over = True
             self._free_slots += fetch.chunks

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from objectcache.flow import StoreModel
 
-LATELY_S = 0.3  # time constant in which what was seen fades
+LATELY_S = 0.5  # time constant in which what was seen fades
 PRIOR_S = 0.03  # seconds of looking that a prior rate is worth
 BURST_S = 0.02  # of traffic that comes or stays away as one, in the prior
 PRIOR_SPREAD = 0.7  # of a prior rate, as a share
@@ -155,7 +155,7 @@ class Coming:
         rate = max(1.0, self.bytes_per_s)
         prior = self._prior_bytes_per_s**2 * BURST_S
         diffusion = (prior + self._surplus) / (1 + self._reports)
-        unsure = PRIOR_SPREAD * math.sqrt(PRIOR_S / (PRIOR_S + self._seconds))
+        unsure = PRIOR_SPREAD * PRIOR_S / (PRIOR_S + self._seconds)
         walk = diffusion / rate**2
         return _Rate(rate, walk, walk / (PRIOR_S + self._seconds) + unsure**2, unsure)
 
@@ -172,16 +172,19 @@ class Coming:
         """Its stream is at least as far as the last complete layer, or at the begin of its request."""
         if self._first_at is None:
             return _At(now, 0.0)
-        begins = self._ready_at[-1] if self._ready_at else max(self._first_at, self._begun_at)
-        first = max(self._ready, self._group_of[layer])
+        first = self._group_of[layer]
+        begins = max(self._first_at, self._begun_at)
+        if first < self._ready:
+            first, begins = self._ready, self._ready_at[-1]
         size = self._behind[layer] - (self._behind[first - 1] if first else 0)
         takes_s = size / self._chunks * self._streams / rate.bytes_per_s
-        return _At(max(now, begins + takes_s), takes_s * math.hypot(SHARE_SPREAD, rate.unsure))
+        left_s = max(0.0, begins + takes_s - now)
+        return _At(now + left_s, left_s * math.hypot(SHARE_SPREAD, rate.unsure))
 
     def _by_pace(self, layer: int, now: float) -> _At | None:
-        """None until two layers came one after the other. What is overdue is expected to take as long
-        again as it is overdue."""
-        if self._first_at is None or len(set(self._ready_at)) < 2:
+        """None until two layers came one after the other, and for layers of later requests. What is
+        overdue is expected to take as long again as it is overdue."""
+        if len(set(self._ready_at)) < 2 or self._group_of[layer] >= self._ready:
             return None
         last, count = self._ready_at[-1], len(self._ready_at)
         first = self._ready_at[0]

@@ -22,7 +22,6 @@ from typing import NamedTuple
 PATIENCE_S = 5.0  # to wait at most behind who came later
 DRY_LAYERS = 2.0  # with fewer than so many layers ahead it is about to run dry
 HEADROOM = 1.25  # times the rate at which layers are computed: they do not come evenly
-SPARE = 1.25  # requests beyond those that fill the wire: some wait for a first byte
 LEAST_LAYER_S = 1e-6
 
 
@@ -132,20 +131,19 @@ def slots(
     connection_bytes_per_s: float,
     patience_s: float = PATIENCE_S,
 ) -> list[int]:
-    """How many requests each is to have in flight, at most `limit` together, and not more than fill
-    the wire: what comes later then finds room. `bytes_per_s` is infinite while nobody met its end."""
+    """How many requests each is to have in flight, `limit` together if there are so many. `bytes_per_s`
+    is what the wire gives, infinite while nobody met its end."""
     if not fetches:
         return []
     wire = min(bytes_per_s, limit * connection_bytes_per_s)
-    fills = min(limit, math.ceil(SPARE * wire / connection_bytes_per_s))
     rates = shares(fetches, now, wire, connection_bytes_per_s, patience_s)
-    given, left = [0] * len(fetches), fills
+    given, left = [0] * len(fetches), limit
     in_line = line(fetches, now, patience_s)
     total = sum(rates)
     # Who has a share has one request at least, then by shares, then in line.
     for i in sorted(in_line, key=lambda i: -rates[i]):
         if total > 0.0 and rates[i] > 0.0:
-            wants = max(1, round(fills * rates[i] / total))
+            wants = max(1, round(limit * rates[i] / total))
             given[i] = min(wants, fetches[i].most_requests, left)
             left -= given[i]
     for i in in_line:

@@ -55,14 +55,12 @@ def test_all_of_the_wire_is_used_and_nobody_gets_more_than_it_can_use(
 
 @settings(max_examples=200, deadline=None)
 @given(several, st.integers(1, 300), st.floats(1e6, 1e11) | st.just(math.inf), st.floats(10, 20))
-def test_slots_are_within_the_limit_and_fill_the_wire(
+def test_slots_are_within_the_limit_and_all_are_used(
     wanted: list[Wanted], limit: int, wire: float, now: float
 ) -> None:
     given_ = slots(wanted, now, limit, wire, CONNECTION)
     assert all(0 <= n <= one.most_requests for n, one in zip(given_, wanted, strict=True))
-    assert sum(given_) <= limit
-    fills = min(limit, math.ceil(min(wire, limit * CONNECTION) / CONNECTION))
-    assert sum(given_) >= min(fills, sum(one.most_requests for one in wanted))
+    assert sum(given_) == min(limit, sum(one.most_requests for one in wanted))
     # Sending one request after the other as told ends with exactly these.
     in_flight, waiting = [0] * len(wanted), [one.most_requests for one in wanted]
     while (i := next_request(wanted, now, given_, in_flight, waiting)) is not None:
