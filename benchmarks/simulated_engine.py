@@ -9,6 +9,7 @@ lookup (it takes a fixed time), hedges and timeouts; failed requests other than 
 import functools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from benchmarks.simulated import S3, Call, Timeline, Wire
@@ -27,12 +28,13 @@ ASK_S = 0.002  # between two questions of an engine that has nothing else to do
 RESHARE_S = 0.005
 COPY_BYTES_PER_S = 50e9
 GPU_NOISE = 0.03
+BEYOND_BYTES_PER_S = 0.625e9  # 5 Gbps, of the calibrated rule
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One machine and how it decides. `wire_rule` is "ours", "equal" (all fetches the same), or
-    "in-order" (requests in the order of their prompts)."""
+    """One machine and how it decides. `wire_rule` is "ours", "equal" (all fetches the
+    same), "calibrated" (the paper's) or "in-order" (requests in the order of their prompts)."""
 
     mode: str = moment.JUST_IN_TIME
     wire_rule: str = "ours"
@@ -47,6 +49,7 @@ class Setting:
     prior: Costs = H100_8B
     split: bool = True  # load or recompute is decided; else all that is found is loaded
     margin: moment.Margin = moment.USUAL
+    early: bool = True  # admitted before its time where that costs nobody more
 
 
 @dataclass
@@ -132,7 +135,7 @@ class Tally:
     requests: list[Request] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)  # between two tokens of a sequence
     stalled_s: float = 0.0  # steps that waited for a layer
-    steps: int = 0
+    busy_s: float = 0.0  # of the GPU, in all steps
     computed_tokens: int = 0
     loaded_bytes: int = 0
     ring_most: int = 0
@@ -159,6 +162,7 @@ class Engine:
         self._bodies = 0
         self._pending: dict[str, float] = {}
         self.tally = Tally()
+        self.finished: Callable[[Request], None] = lambda request: None
 
     def arrive(self, request: Request) -> None:
         self._line.at(request.arrives_s, lambda: self._arrived(request))
@@ -285,7 +289,7 @@ class Engine:
         if ready == LAYERS or found.due(now):
             return True
         self._asks_at = min(self._asks_at, max(now + ASK_S / 2, found.at_s))
-        if self._setting.mode != moment.JUST_IN_TIME:
+        if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
             return False
         stall_s = moment.stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
         others = len(self._decoding) + len(self._prefilling) + len(self._queue) - 1
@@ -336,7 +340,7 @@ class Engine:
         open_ = [f for f in self._fetches if f.unsent]
         if not open_ or self._bodies >= limit:
             return
-        if self._setting.wire_rule != "ours":
+        if self._setting.wire_rule in ("equal", "in-order"):
             while self._bodies < limit and open_:
                 fetch = open_[0]
                 if self._setting.wire_rule == "equal":
@@ -349,9 +353,14 @@ class Engine:
         wanted = [self._wanted(f, served, running_s) for f in fetches]
         if now - self._shared_at >= RESHARE_S:
             model = self._flow.model()
-            given = sharing.slots(
-                wanted, now, limit, model.wire_bytes_per_s, model.connection_bytes_per_s
-            )
+            if self._setting.wire_rule == "ours":
+                given = sharing.slots(
+                    wanted, now, limit, model.wire_bytes_per_s, model.connection_bytes_per_s
+                )
+            else:
+                wire = min(model.wire_bytes_per_s, limit * model.connection_bytes_per_s)
+                rates = sharing.stall_optimal(wanted, wire, BEYOND_BYTES_PER_S)
+                given = sharing.requests_for(wanted, rates, range(len(wanted)), limit)
             self._slots, self._shared_at = dict(zip(fetches, given, strict=True)), now
         given = [self._slots.get(f, 0) for f in fetches]
         while self._bodies < limit:
@@ -490,9 +499,9 @@ class Engine:
             self._line.at(until, self._end_step)
             return
         self._step = None
-        self.tally.steps += 1
         self.tally.computed_tokens += step.work.tokens
         took_s = now - step.began_s
+        self.tally.busy_s += took_s
         self.tally.stalled_s += stalls_s
         if stalls_s == 0.0 and copies_s < GPU_NOISE * step.takes_s:
             self._compute.timed(step.work, took_s)  # else it says nothing about computing
@@ -531,3 +540,4 @@ class Engine:
         for request in [r for r in self._decoding if r.decoded >= r.output_tokens]:
             self._decoding.remove(request)
             self._free_blocks += request.blocks
+            self.finished(request)
