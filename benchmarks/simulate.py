@@ -43,7 +43,7 @@ from objectcache.moment import AT_ONCE, JUST_IN_TIME, STAGED
 GBPS = 1e9 / 8
 WIRES_GBPS = (10, 25, 50, 100)
 USERS = (4, 16, 64)
-PROMPTS_EACH = 6
+PROMPTS = 240  # of all users
 CONTEXTS = (4096, 8192, 16384, 32768, 65536)
 HITS = (0.0, 0.5, 0.875, 1.0)
 GET_USD = 0.4e-6
@@ -120,7 +120,7 @@ def _closed(setting: Setting, users: int, seed: int) -> dict[str, Any]:
     sent = [0] * users
 
     def send(user: int) -> None:
-        if sent[user] < PROMPTS_EACH:
+        if sent[user] < PROMPTS // users:
             sent[user] += 1
             engine.arrive(_prompt(user, line.now, chances[user], 128))
 

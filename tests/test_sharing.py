@@ -74,10 +74,11 @@ def test_who_is_about_to_stall_a_batch_goes_before_everybody() -> None:
     small = Wanted(0.0, 32 * MIB, MIB, 0.01, 0.0)
     given_ = shares([small, stalls], 6.0, 1e9)
     assert given_ == [0.0, 1e9]
+    starved = small._replace(arrived_s=6.0 - PATIENCE_S)
     soon = stalls._replace(ahead_s=0.01)  # one layer ahead: what it computes, and a little more
-    assert shares([small, soon], 6.0, 1e10)[1] == pytest.approx(1.25 * 60 * MIB / 0.01)
+    assert shares([starved, soon], 6.0, 1e10)[1] == pytest.approx(1.25 * 60 * MIB / 0.01)
     well = stalls._replace(ahead_s=1.0)
-    assert shares([small, well], 6.0, 1e10)[1] < shares([small, soon], 6.0, 1e10)[1]
+    assert shares([starved, well], 6.0, 1e10) == [1e10, 0.0]
 
 
 def test_first_layers_come_first_and_the_smallest_of_them() -> None:
