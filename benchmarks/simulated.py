@@ -40,7 +40,7 @@ class Wire:
         self._line = line
         self._bytes_per_s, self._connection_bytes_per_s = bytes_per_s, connection_bytes_per_s
         self._served, self._at = 0.0, 0.0
-        self._bodies = 0
+        self.bodies = 0
         self._marks: list[tuple[float, int, Call]] = []
         self._numbers = itertools.count()
         self._next: tuple[float, Call] | None = None
@@ -53,13 +53,13 @@ class Wire:
     def begin(self) -> float:
         """A body begins; returns the service from which its bytes count."""
         self._advance()
-        self._bodies += 1
+        self.bodies += 1
         self._schedule()
         return self._served
 
     def end(self) -> None:
         self._advance()
-        self._bodies -= 1
+        self.bodies -= 1
         self._schedule()
 
     def when(self, served: float, call: Call) -> None:
@@ -69,15 +69,15 @@ class Wire:
         self._schedule()
 
     def _rate(self) -> float:
-        if not self._bodies:
+        if not self.bodies:
             return 0.0
-        return min(self._connection_bytes_per_s, self._bytes_per_s / self._bodies)
+        return min(self._connection_bytes_per_s, self._bytes_per_s / self.bodies)
 
     def _advance(self) -> None:
         self._served, self._at = self.served, self._line.now
 
     def _schedule(self) -> None:
-        if not self._marks or not self._bodies:
+        if not self._marks or not self.bodies:
             self._next = None
             return
         at = self._line.now + max(0.0, self._marks[0][0] - self._served) / self._rate()

@@ -9,12 +9,12 @@ lookup (it takes a fixed time), hedges and timeouts; failed requests other than 
 import functools
 import math
 import random
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from benchmarks.simulated import S3, Call, Timeline, Wire
 from objectcache import moment, sharing, worth
-from objectcache.arrival import Coming
+from objectcache.arrival import Coming, WireRate
 from objectcache.compute import H100_8B, ComputeModel, Costs, Work, decodes, first_pass, prefill
 from objectcache.flow import Flow, StoreModel
 from objectcache.format import ObjectLayout
@@ -67,6 +67,7 @@ class Request:
     context: int = 0
     decoded: int = 0
     decided: bool = False
+    found_s: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -149,6 +150,8 @@ class Engine:
         self._random = random.Random(seed)
         self._wire = Wire(line, setting.wire_bytes_per_s, setting.connection_bytes_per_s)
         self._flow = Flow(setting.connections)
+        self._rate = WireRate()
+        self._use = worth.Usefulness()
         self._compute = ComputeModel(setting.prior)
         self._queue: list[Request] = []
         self._prefilling: list[Request] = []
@@ -189,8 +192,7 @@ class Engine:
         )
         chunks = request.hit_chunks
         if self._setting.split:
-            request.choice = worth.choose(hit, self._meets(), self._compute)
-            chunks = request.choice.best.chunks
+            chunks = self._worth(request, hit)
         chunks = min(chunks, self._setting.ring_slots)
         request.decided = True
         if chunks:
@@ -200,8 +202,26 @@ class Engine:
             self._begin_fetches()
         self._wake()
 
-    def _plan(self, request: Request, chunks: int) -> Plan:
+    def _worth(self, request: Request, hit: worth.Hit) -> int:
+        now = self._line.now
+        choice = worth.choose(hit, self._meets(), self._compute)
+        if choice.best.chunks and not self._use.off:
+            self._use.used(now)
+        elif self._use.tries(now):
+            choice = worth.choose(hit, self._meets(), self._compute, trial=True)
+        else:
+            return 0
+        request.choice, request.found_s = choice, now
+        return choice.best.chunks
+
+    def _store(self) -> StoreModel:
+        """As measured, with what the wire was seen to give."""
         seen = self._flow.model()
+        rate = self._rate.bytes_per_s(self._line.now, seen.connection_bytes_per_s)
+        return replace(seen, wire_bytes_per_s=min(seen.wire_bytes_per_s, rate))
+
+    def _plan(self, request: Request, chunks: int) -> Plan:
+        seen = self._store()
         store = StoreModel(
             rounded(seen.first_byte_s),
             rounded(max(seen.first_byte_p99_s, 1.5 * seen.first_byte_s)),
@@ -214,7 +234,7 @@ class Engine:
         return plan_of(chunks, self._flow.limit(self._line.now), store, layer_s)
 
     def _meets(self) -> worth.Now:
-        setting, model = self._setting, self._flow.model()
+        setting, model = self._setting, self._store()
         wire = min(model.wire_bytes_per_s, setting.connections * model.connection_bytes_per_s)
         served = self._wire.served
         waiting = [r.fetch for r in self._queue if r.fetch is not None]
@@ -224,15 +244,18 @@ class Engine:
             setting.connections,
             wire,
             wire_busy_s=left / wire,
-            gpu_busy_s=self._gpu_busy_s(len(self._queue)),
+            gpu_busy_s=self._gpu_busy_s([r for r in self._queue if r.decided and not r.fetch]),
+            wire_line=sum(f.total_bytes > f.done_bytes for f in waiting),
+            gpu_line=len(self._queue) - 1 + len(self._decoding),
             pass_tokens=setting.pass_tokens,
             beside=self._decode_work(),
         )
 
-    def _gpu_busy_s(self, before: int) -> float:
-        """Until all prompts before this place in the queue are computed."""
+    def _gpu_busy_s(self, queued: Sequence[Request] = ()) -> float:
+        """Until what has begun, and these, is computed. Who waits for bytes takes no GPU yet, and is
+        overtaken meanwhile."""
         work = Work()
-        for request in (*self._prefilling, *self._queue[:before]):
+        for request in (*self._prefilling, *queued):
             work = work.then(prefill(request.left, request.context, self._setting.pass_tokens))
         busy_s = self._compute.seconds(work).mean_s
         if self._step is not None:
@@ -324,7 +347,7 @@ class Engine:
                 fetch.chunks,
                 min(len(fetch.unsent), self._flow.limit(now)),
                 now,
-                self._flow.model(),
+                self._store(),
                 fetch.groups,
             )
         used = self._setting.ring_slots - self._free_slots
@@ -349,10 +372,10 @@ class Engine:
                 open_ = [f for f in open_ if f.unsent]
             return
         fetches = [f for f in self._fetches if f.unsent or f.in_flight]
-        served, running_s = self._wire.served, self._gpu_busy_s(0)
+        served, running_s = self._wire.served, self._gpu_busy_s()
         wanted = [self._wanted(f, served, running_s) for f in fetches]
         if now - self._shared_at >= RESHARE_S:
-            model = self._flow.model()
+            model = self._store()
             if self._setting.wire_rule == "ours":
                 given = sharing.slots(
                     wanted, now, limit, model.wire_bytes_per_s, model.connection_bytes_per_s
@@ -391,9 +414,11 @@ class Engine:
             self._wire.when(since + size, end)
             if fetch.admitted:
                 self._watch(fetch)
-            begun_s[0] = self._line.now
+            begun_s[0], beside[0] = self._line.now, self._wire.bodies
 
         def end() -> None:
+            beside[0] = (beside[0] + self._wire.bodies) / 2
+            self._rate.body(self._line.now, size, self._line.now - begun_s[0], beside[0])
             self._wire.end()
             del fetch.bodies[number]
             fetch.done_bytes += size
@@ -404,9 +429,10 @@ class Engine:
             self._flow.ended(self._line.now)
             self._send()
             if fetch.done_bytes == fetch.total_bytes:
+                self._judge(fetch.request)
                 self._wake()
 
-        begun_s = [now]
+        begun_s, beside = [now], [0.0]
         if not self._s3.get(first_byte):
             self._flow.throttled(now)
             pause_s = self._random.random() * min(2.0, RETRY_S * 2 ** (attempt - 1))
@@ -471,6 +497,14 @@ class Engine:
             self._watch(fetch)
         self._line.at(now + takes_s, self._end_step)
         self._begin_fetches()
+
+    def _judge(self, request: Request) -> None:
+        """Whether its load kept what was expected, now that all of it is there."""
+        choice = request.choice
+        if choice is not None:
+            hidden_s = max(0.0, choice.best.load_s - choice.best.admit_s)
+            without_s = choice.nothing.first_token_s - choice.best.compute.mean_s
+            self._use.loaded(self._line.now - request.found_s - hidden_s, without_s)
 
     def _may_admit(self, request: Request, next_ask_s: float) -> bool:
         if not request.decided or request.blocks > self._free_blocks:

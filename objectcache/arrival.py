@@ -23,6 +23,10 @@ BURST_S = 0.02  # of traffic that comes or stays away as one, in the prior
 PRIOR_SPREAD = 0.7  # of a prior rate, as a share
 SHARE_SPREAD = 0.1  # of one stream's share of the rate
 PRIOR_PACE_SPREAD = 0.5  # of the time between two layers, while few were seen
+BODIES = 64  # of late, that tell the rate of a wire
+TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
+FORGET_S = 60.0  # after which a rate is not known any more
+FULL_SHARE = 0.7  # of what a connection can give: with less the wire is full
 _NORMAL = NormalDist()
 _ONE_SIGMA = _NORMAL.cdf(1.0)
 
@@ -205,6 +209,32 @@ class Coming:
         middle = latest_first_byte_s(self._store, self._waiting, waited_s, 0.5)
         high = latest_first_byte_s(self._store, self._waiting, waited_s, _ONE_SIGMA)
         return _At(self._began + middle, high - middle)
+
+
+class WireRate:
+    """What all streams together get when the wire, not a connection, is what limits them."""
+
+    def __init__(self) -> None:
+        self._bytes = self._seconds = self._flowing_s = 0.0
+        self._at = -math.inf
+
+    def body(self, now: float, size: int, flowing_s: float, beside: float) -> None:
+        """A body came in so many seconds from its first byte on, one of `beside` that flowed then."""
+        if flowing_s <= 0.0 or beside < 1.0 or size < TELLING_BYTES:
+            return
+        kept = 1 - 1 / BODIES if now - self._at < FORGET_S else 0.0
+        self._bytes = self._bytes * kept + size
+        self._flowing_s = self._flowing_s * kept + flowing_s
+        self._seconds = self._seconds * kept + flowing_s / beside
+        self._at = now
+
+    def bytes_per_s(self, now: float, connection_bytes_per_s: float) -> float:
+        """Infinite while streams get about what a connection can give, or nothing is known."""
+        if now - self._at >= FORGET_S or self._seconds <= 0.0:
+            return math.inf
+        if self._bytes / self._flowing_s >= FULL_SHARE * connection_bytes_per_s:
+            return math.inf
+        return self._bytes / self._seconds
 
 
 def latest_first_byte_s(
