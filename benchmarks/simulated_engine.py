@@ -24,7 +24,8 @@ CHUNK_TOKENS, LAYERS, SLICE_BYTES = 256, 32, 1 << 20
 LAYOUT = ObjectLayout(bytes(32), CHUNK_TOKENS, 16, 0, 1, (SLICE_BYTES,) * LAYERS)
 RECOMPUTE = "recompute"
 RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
-ASK_S = 0.002  # between two questions of an engine that has nothing else to do
+ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
+ASK_MOST_S = 0.05  # and with more time left, a quarter of it, at most so long
 RESHARE_S = 0.005
 COPY_BYTES_PER_S = 50e9
 GPU_NOISE = 0.03
@@ -249,6 +250,7 @@ class Engine:
             gpu_line=len(self._queue) - 1 + len(self._decoding),
             pass_tokens=setting.pass_tokens,
             beside=self._decode_work(),
+            overlaps=setting.mode != moment.STAGED,
         )
 
     def _gpu_busy_s(self, queued: Sequence[Request] = ()) -> float:
@@ -311,7 +313,8 @@ class Engine:
         )
         if ready == LAYERS or found.due(now):
             return True
-        self._asks_at = min(self._asks_at, max(now + ASK_S / 2, found.at_s))
+        wait_s = max(ASK_S / 2, min((found.at_s - now) / 4, ASK_MOST_S))
+        self._asks_at = min(self._asks_at, now + wait_s)
         if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
             return False
         stall_s = moment.stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
@@ -487,7 +490,7 @@ class Engine:
             budget -= tokens
         if not work.tokens:
             if self._queue:
-                self._later("ask", min(self._asks_at, now + 5 * ASK_S), self._wake)
+                self._later("ask", min(self._asks_at, now + ASK_MOST_S), self._wake)
             return
         takes_s = sum(a * b for a, b in zip(work, setting.truth, strict=True))
         takes_s *= math.exp(GPU_NOISE * self._random.gauss(0, 1))

@@ -49,6 +49,7 @@ class Now:
     gpu_line: int = (
         0  # prompts that wait for the GPU behind it, and sequences that decode beside it
     )
+    overlaps: bool = True  # computing begins before all bytes are there
     lookup_s: float = 0.0  # still to wait, before anything can be fetched
 
 
@@ -163,7 +164,9 @@ def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates)
         )
         load_s = begins_s + flows_s
         # Layers come one after the other: the first or the last one decides (moment.py).
-        hides_s = (hit.layers - 1) * min(first.mean_s, flows_s) / hit.layers
+        hides_s = 0.0
+        if now.overlaps:
+            hides_s = (hit.layers - 1) * min(first.mean_s, flows_s) / hit.layers
         admit_s = max(now.gpu_busy_s, load_s - hides_s)
     first_token_s = admit_s + takes.mean_s
     usd = requests * rates.request_usd + chunks * hit.chunk_bytes / 1e9 * rates.gb_usd

@@ -127,6 +127,23 @@ def test_a_split_hit_is_chosen_where_it_is_sooner_than_both() -> None:
     assert found.tell().startswith(f"Load {found.best.chunks} of 32 chunks: first token in ")
 
 
+@pytest.mark.parametrize("chunks", [300, 900])
+@pytest.mark.parametrize("rate", [3e9, 12e9])
+def test_of_many_chunks_every_number_is_looked_at_near_the_best(chunks: int, rate: float) -> None:
+    """While a whole hit loads, the GPU is idle: it is sooner to compute one pass of it meanwhile."""
+    hit = Hit(chunks * 256 + 64, 0, 256, chunks, 32 * MIB, 32)
+    now = Now(StoreModel(0.002, 0.004), 256, rate)
+    each = [option(hit, n, now, H100, Rates()).first_token_s for n in range(chunks + 1)]
+    found = choose(hit, now, H100)
+    assert found.best.first_token_s == min(each)
+    assert found.best.chunks == chunks - 31
+    staged = Now(StoreModel(0.002, 0.004), 256, rate, overlaps=False)
+    assert choose(hit, staged, H100).best.chunks >= chunks - 1
+    assert option(hit, 40, staged, H100, Rates()).admit_s == pytest.approx(
+        option(hit, 40, staged, H100, Rates()).load_s
+    )
+
+
 def test_a_busy_gpu_hides_a_slow_store_and_a_busy_wire_makes_it_worse() -> None:
     slow = NEAR.__dict__ | {"bytes_per_s": 2.2e9}
     alone = choose(LONG, Now(**slow), H100)
