@@ -17,12 +17,16 @@ from typing import NamedTuple
 
 from objectcache.flow import StoreModel
 
-LATELY_S = 0.3  # time constant in which what was seen fades
+LATELY_S = 0.5  # time constant in which what was seen fades
 PRIOR_S = 0.03  # seconds of looking that a prior rate is worth
 BURST_S = 0.02  # of traffic that comes or stays away as one, in the prior
 PRIOR_SPREAD = 0.7  # of a prior rate, as a share
 SHARE_SPREAD = 0.1  # of one stream's share of the rate
 PRIOR_PACE_SPREAD = 0.5  # of the time between two layers, while few were seen
+BODIES = 64  # of late, that tell the rate of a wire
+TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
+FORGET_S = 60.0  # after which a rate is not known any more
+FULL_SHARE = 0.7  # of what a connection can give: with less the wire is full
 _NORMAL = NormalDist()
 _ONE_SIGMA = _NORMAL.cdf(1.0)
 
@@ -38,6 +42,15 @@ class Arrivals(NamedTuple):
 class _At(NamedTuple):
     mean_s: float
     sigma_s: float
+
+
+class _Rate(NamedTuple):
+    """Of bytes. What takes t seconds at this rate has the variance (walk_s + variance * t) * t."""
+
+    bytes_per_s: float
+    walk_s: float
+    variance: float
+    unsure: float  # of a rate that is still that of the prior, as a share
 
 
 class Coming:
@@ -112,9 +125,10 @@ class Coming:
         """As it looks after what was seen. `now` is not before the last report."""
         mean_s, sigma_s = list(self._ready_at), [0.0] * self._ready
         first_byte = self._last_first_byte(now)
+        rate = self._rate()
         latest = _At(now, 0.0)
         for layer in range(self._ready, len(self._behind)):
-            reasons = [latest, self._by_bytes(layer, now), self._by_slowest(layer, now)]
+            reasons = [latest, self._by_bytes(layer, now, rate), self._by_slowest(layer, now, rate)]
             pace = self._by_pace(layer, now)
             if pace is not None:
                 reasons.append(pace)
@@ -141,39 +155,40 @@ class Coming:
         self._surplus = self._surplus * kept + beyond**2 / seconds
         self._reports = self._reports * kept + 1
 
-    def _by_bytes(self, layer: int, now: float) -> _At:
+    def _rate(self) -> _Rate:
+        rate = max(1.0, self.bytes_per_s)
+        prior = self._prior_bytes_per_s**2 * BURST_S
+        diffusion = (prior + self._surplus) / (1 + self._reports)
+        unsure = PRIOR_SPREAD * PRIOR_S / (PRIOR_S + self._seconds)
+        walk = diffusion / rate**2
+        return _Rate(rate, walk, walk / (PRIOR_S + self._seconds) + unsure**2, unsure)
+
+    def _by_bytes(self, layer: int, now: float, rate: _Rate) -> _At:
         """A walk with drift: the variance of what comes grows with time, and the rate is not sure."""
         left = self._left[layer] if self._left else max(0, self._behind[layer] - self._landed)
-        rate = max(1.0, self.bytes_per_s)
         begins = now
         if self._first_at is None and not self._waiting:
             begins = max(now, self._began + self._store.first_byte_s)
-        prior = self._prior_bytes_per_s**2 * BURST_S
-        diffusion = (prior + self._surplus) / (1 + self._reports)
-        takes_s = left / rate
-        variance = diffusion * takes_s / rate**2
-        variance += diffusion / (PRIOR_S + self._seconds) * (takes_s / rate) ** 2
-        variance += (takes_s * self._unsure()) ** 2
-        return _At(begins + takes_s, math.sqrt(variance))
+        takes_s = left / rate.bytes_per_s
+        return _At(begins + takes_s, math.sqrt((rate.walk_s + rate.variance * takes_s) * takes_s))
 
-    def _by_slowest(self, layer: int, now: float) -> _At:
+    def _by_slowest(self, layer: int, now: float, rate: _Rate) -> _At:
         """Its stream is at least as far as the last complete layer, or at the begin of its request."""
         if self._first_at is None:
             return _At(now, 0.0)
-        begins = self._ready_at[-1] if self._ready_at else max(self._first_at, self._begun_at)
-        first = max(self._ready, self._group_of[layer])
+        first = self._group_of[layer]
+        begins = max(self._first_at, self._begun_at)
+        if first < self._ready:
+            first, begins = self._ready, self._ready_at[-1]
         size = self._behind[layer] - (self._behind[first - 1] if first else 0)
-        takes_s = size / self._chunks * self._streams / max(1.0, self.bytes_per_s)
-        return _At(max(now, begins + takes_s), takes_s * math.hypot(SHARE_SPREAD, self._unsure()))
-
-    def _unsure(self) -> float:
-        """Of a rate that is still that of the prior, as a share."""
-        return PRIOR_SPREAD * math.sqrt(PRIOR_S / (PRIOR_S + self._seconds))
+        takes_s = size / self._chunks * self._streams / rate.bytes_per_s
+        left_s = max(0.0, begins + takes_s - now)
+        return _At(now + left_s, left_s * math.hypot(SHARE_SPREAD, rate.unsure))
 
     def _by_pace(self, layer: int, now: float) -> _At | None:
-        """None until two layers came one after the other. What is overdue is expected to take as long
-        again as it is overdue."""
-        if self._first_at is None or len(set(self._ready_at)) < 2:
+        """None until two layers came one after the other, and for layers of later requests. What is
+        overdue is expected to take as long again as it is overdue."""
+        if len(set(self._ready_at)) < 2 or self._group_of[layer] >= self._ready:
             return None
         last, count = self._ready_at[-1], len(self._ready_at)
         first = self._ready_at[0]
@@ -194,6 +209,32 @@ class Coming:
         middle = latest_first_byte_s(self._store, self._waiting, waited_s, 0.5)
         high = latest_first_byte_s(self._store, self._waiting, waited_s, _ONE_SIGMA)
         return _At(self._began + middle, high - middle)
+
+
+class WireRate:
+    """What all streams together get when the wire, not a connection, is what limits them."""
+
+    def __init__(self) -> None:
+        self._bytes = self._seconds = self._flowing_s = 0.0
+        self._at = -math.inf
+
+    def body(self, now: float, size: int, flowing_s: float, beside: float) -> None:
+        """A body came in so many seconds from its first byte on, one of `beside` that flowed then."""
+        if flowing_s <= 0.0 or beside < 1.0 or size < TELLING_BYTES:
+            return
+        kept = 1 - 1 / BODIES if now - self._at < FORGET_S else 0.0
+        self._bytes = self._bytes * kept + size
+        self._flowing_s = self._flowing_s * kept + flowing_s
+        self._seconds = self._seconds * kept + flowing_s / beside
+        self._at = now
+
+    def bytes_per_s(self, now: float, connection_bytes_per_s: float) -> float:
+        """Infinite while streams get about what a connection can give, or nothing is known."""
+        if now - self._at >= FORGET_S or self._seconds <= 0.0:
+            return math.inf
+        if self._bytes / self._flowing_s >= FULL_SHARE * connection_bytes_per_s:
+            return math.inf
+        return self._bytes / self._seconds
 
 
 def latest_first_byte_s(

@@ -20,6 +20,7 @@ from objectcache.compute import Estimate
 
 STAGED, JUST_IN_TIME, AT_ONCE = "staged", "just-in-time", "at-once"
 MODES = (STAGED, JUST_IN_TIME, AT_ONCE)
+EARLY_STALL_S = 0.05  # of a request that is admitted before it is time
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,10 @@ def stall_s(
 def early(moment: Moment, now: float, stall_s: float, next_ask_s: float, others: int) -> bool:
     """Whether to admit although it is not time, because one cannot ask again before `next_ask_s`
     (seconds from now): if the stall is expected to cost this request and the `others` whose tokens
-    wait with it less than the wait costs this one. Seconds of each count the same."""
+    wait with it less than the wait costs this one. Seconds of each count the same. And if it is a
+    short stall: who comes during a long one waits as well, however few are there now."""
     waits_s = max(moment.at_s - now, next_ask_s)
-    return stall_s * (1 + others) <= waits_s
+    return stall_s <= EARLY_STALL_S and stall_s * (1 + others) <= waits_s
 
 
 def _ms(seconds: float) -> str:

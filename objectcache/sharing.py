@@ -2,27 +2,30 @@
 
 Pure. A client has the wire in its hand only by whose requests it sends, so a share is a number of
 requests in flight. What is shared is a rate: of all time that first tokens come later, as little as
-possible. A fetch costs nobody time while the layers that came keep its forward pass busy. So, in
-this order, each as much as it can use:
+possible. In this order, each as much as it can use:
 
     1. who is admitted and about to run dry: a batch waits for it
     2. who has waited longer than is fair, the oldest first: nobody starves
+    3. who has the fewest bytes left
+
+That is for fetches which one GPU waits for: it computes one prompt after the other, so it is best
+if the prefixes come one after the other, too. Fetches for GPUs of their own (`apart`: engines that
+share a wire) cost nobody time while the layers that came keep their GPU busy. There, instead of 3:
+
     3. who has no first layer yet, the smallest layer first: each waits for that alone
     4. who is about to run dry, as much as it computes in that time, and a little more
-    5. what is left goes to the first in line
+    5. who has the least left times the rate at which it computes: few bytes that last long
 
-In line stands first who has the least left times the rate at which it computes: few bytes that keep
-a GPU busy for long. equal and stall_optimal are the rules that this one is held against.
+equal and stall_optimal are the rules that these are held against.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-PATIENCE_S = 5.0  # to wait at most behind who came later
+PATIENCE_S = 15.0  # to wait at most behind who came later
 DRY_LAYERS = 2.0  # with fewer than so many layers ahead it is about to run dry
 HEADROOM = 1.25  # times the rate at which layers are computed: they do not come evenly
-SPARE = 1.25  # requests beyond those that fill the wire: some wait for a first byte
 LEAST_LAYER_S = 1e-6
 
 
@@ -46,7 +49,9 @@ class Wanted(NamedTuple):
         return self.layer_bytes / max(self.layer_s, LEAST_LAYER_S)
 
 
-def line(fetches: Sequence[Wanted], now: float, patience_s: float = PATIENCE_S) -> list[int]:
+def line(
+    fetches: Sequence[Wanted], now: float, patience_s: float = PATIENCE_S, apart: bool = False
+) -> list[int]:
     """Their indices, the first in line first."""
 
     def key(i: int) -> tuple[float, ...]:
@@ -55,7 +60,7 @@ def line(fetches: Sequence[Wanted], now: float, patience_s: float = PATIENCE_S) 
             return (0, one.ahead_s, i)
         if now - one.arrived_s >= patience_s:
             return (1, one.arrived_s, i)
-        return (2, one.left_bytes * one.no_stall_bytes_per_s, i)
+        return (2, one.left_bytes * (one.no_stall_bytes_per_s if apart else 1.0), i)
 
     return sorted(range(len(fetches)), key=key)
 
@@ -66,6 +71,7 @@ def shares(
     bytes_per_s: float,
     connection_bytes_per_s: float = math.inf,
     patience_s: float = PATIENCE_S,
+    apart: bool = False,
 ) -> list[float]:
     """Bytes a second for each; together `bytes_per_s` if they can use that."""
     given = [0.0] * len(fetches)
@@ -78,7 +84,7 @@ def shares(
         given[i] += more
         left -= more
 
-    in_line = line(fetches, now, patience_s)
+    in_line = line(fetches, now, patience_s, apart)
     dry = [one.ahead_s < DRY_LAYERS * one.layer_s for one in fetches]
     for i in in_line:
         one = fetches[i]
@@ -87,12 +93,13 @@ def shares(
     for i in in_line:
         if not fetches[i].admitted and now - fetches[i].arrived_s >= patience_s:
             give(i, math.inf)
-    for i in sorted(in_line, key=lambda i: fetches[i].layer_bytes):
-        if not fetches[i].begun and fetches[i].ahead_s <= 0.0:
-            give(i, math.inf)
-    for i in in_line:
-        if dry[i] and given[i] == 0.0:
-            give(i, HEADROOM * fetches[i].no_stall_bytes_per_s)
+    if apart:
+        for i in sorted(in_line, key=lambda i: fetches[i].layer_bytes):
+            if not fetches[i].begun and fetches[i].ahead_s <= 0.0:
+                give(i, math.inf)
+        for i in in_line:
+            if dry[i] and given[i] == 0.0:
+                give(i, HEADROOM * fetches[i].no_stall_bytes_per_s)
     for i in in_line:
         give(i, math.inf)
     return given
@@ -132,20 +139,23 @@ def slots(
     connection_bytes_per_s: float,
     patience_s: float = PATIENCE_S,
 ) -> list[int]:
-    """How many requests each is to have in flight, at most `limit` together, and not more than fill
-    the wire: what comes later then finds room. `bytes_per_s` is infinite while nobody met its end."""
-    if not fetches:
-        return []
+    """How many requests each is to have in flight, `limit` together if there are so many. `bytes_per_s`
+    is what the wire gives, infinite while nobody met its end."""
     wire = min(bytes_per_s, limit * connection_bytes_per_s)
-    fills = min(limit, math.ceil(SPARE * wire / connection_bytes_per_s))
     rates = shares(fetches, now, wire, connection_bytes_per_s, patience_s)
-    given, left = [0] * len(fetches), fills
-    in_line = line(fetches, now, patience_s)
+    return requests_for(fetches, rates, line(fetches, now, patience_s), limit)
+
+
+def requests_for(
+    fetches: Sequence[Wanted], rates: Sequence[float], in_line: Sequence[int], limit: int
+) -> list[int]:
+    """Requests in flight that share a wire as these rates do: who has a rate has one request at least;
+    what is left over goes to who is first in line."""
+    given, left = [0] * len(fetches), limit
     total = sum(rates)
-    # Who has a share has one request at least, then by shares, then in line.
     for i in sorted(in_line, key=lambda i: -rates[i]):
-        if total > 0.0 and rates[i] > 0.0:
-            wants = max(1, round(fills * rates[i] / total))
+        if rates[i] > 0.0:
+            wants = max(1, round(limit * rates[i] / total))
             given[i] = min(wants, fetches[i].most_requests, left)
             left -= given[i]
     for i in in_line:

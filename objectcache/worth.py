@@ -1,9 +1,9 @@
 """How many chunks of a hit are worth loading; the rest is computed again. Not how they are loaded: see plan.py; not when they are used: see moment.py.
 
 Pure. Loading the first k chunks costs until they are there, less what hides behind computing; and
-then the rest of the prompt is computed. Every k is priced and the best is taken: that with the
-soonest first token, or with the least price where prices are given, or the cheapest one that keeps a
-deadline. A store that is not worth it is not used; after a pause one request tries it again.
+then the rest of the prompt is computed; and whoever waits for the wire or for the GPU waits longer. Every
+k is priced and the best is taken: that with the least waiting, or with the least price where prices
+are given, and of those that keep a deadline if any does. A store that is not worth it is not used; after a pause one request tries it again.
 """
 
 import math
@@ -41,10 +41,15 @@ class Now:
     connections: int  # that it may use
     bytes_per_s: float  # of the wire, for it; the connections may give less
     wire_busy_s: float = 0.0  # with fetches that go before it
-    gpu_busy_s: float = 0.0  # with prefills that go before it
+    gpu_busy_s: float = 0.0  # with prefills that begun or could; not with those that wait for bytes
     room_chunks: int = 1 << 62  # in the ring
     pass_tokens: int = 8192  # most tokens in a pass
     beside: Work = NOTHING_ELSE  # what else is in its passes
+    wire_line: int = 0  # fetches that wait for the wire behind it, or beside it
+    gpu_line: int = (
+        0  # prompts that wait for the GPU behind it, and sequences that decode beside it
+    )
+    overlaps: bool = True  # computing begins before all bytes are there
     lookup_s: float = 0.0  # still to wait, before anything can be fetched
 
 
@@ -72,6 +77,7 @@ class Option:
     admit_s: float
     compute: Estimate
     first_token_s: float
+    others_s: float  # that all others together wait for its bytes and for its computing
     usd: float
 
 
@@ -115,8 +121,8 @@ def choose(
 ) -> Choice:
     """How many leading chunks to load, from none to as many as there is room for.
 
-    `deadline_s` is for the first token, from now; with prices, of the options that keep it the
-    cheapest is taken, and the soonest if none does. A `trial` loads the most that costs the request
+    `deadline_s` is for the first token, from now: of the options that keep it the best is taken, and
+    the soonest if none does. A `trial` loads the most that costs the request
     little more than loading nothing; one chunk, if that costs more.
     """
     most = min(hit.chunks, now.room_chunks)
@@ -146,7 +152,7 @@ def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates)
     passes = prefill(rest, context, now.pass_tokens)
     takes = compute.seconds(passes.then(_times(now.beside, passes.passes)))
     first = compute.seconds(first_pass(rest, context, now.pass_tokens).beside(now.beside))
-    requests, load_s, admit_s = 0, 0.0, now.gpu_busy_s
+    requests, load_s, admit_s, flows_s = 0, 0.0, now.gpu_busy_s, 0.0
     if chunks:
         requests = max(chunks, min(now.connections, chunks * hit.layers))
         rate = min(now.bytes_per_s, requests * now.store.connection_bytes_per_s)
@@ -158,23 +164,25 @@ def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates)
         )
         load_s = begins_s + flows_s
         # Layers come one after the other: the first or the last one decides (moment.py).
-        hides_s = (hit.layers - 1) * min(first.mean_s, flows_s) / hit.layers
+        hides_s = 0.0
+        if now.overlaps:
+            hides_s = (hit.layers - 1) * min(first.mean_s, flows_s) / hit.layers
         admit_s = max(now.gpu_busy_s, load_s - hides_s)
     first_token_s = admit_s + takes.mean_s
     usd = requests * rates.request_usd + chunks * hit.chunk_bytes / 1e9 * rates.gb_usd
     usd += takes.mean_s / 3600 * rates.gpu_hour_usd + first_token_s / 3600 * rates.hour_usd
-    return Option(chunks, loaded, requests, load_s, admit_s, takes, first_token_s, usd)
+    others_s = now.wire_line * flows_s + now.gpu_line * takes.mean_s
+    usd += others_s / 3600 * rates.hour_usd
+    return Option(chunks, loaded, requests, load_s, admit_s, takes, first_token_s, others_s, usd)
 
 
 def _price(rates: Rates, deadline_s: float) -> Callable[[Option], tuple[float, float]]:
-    def soonest(option: Option) -> tuple[float, float]:
-        return (option.first_token_s, option.usd)
-
-    def cheapest(option: Option) -> tuple[float, float]:
+    def price(option: Option) -> tuple[float, float]:
         late_s = option.first_token_s if option.first_token_s > deadline_s else 0.0
-        return (late_s, option.usd)
+        waits_s = option.first_token_s + option.others_s
+        return (late_s, option.usd if rates.hour_usd > 0.0 else waits_s)
 
-    return cheapest if rates.hour_usd > 0.0 else soonest
+    return price
 
 
 def _doubling(most: int) -> list[int]:
@@ -191,45 +199,35 @@ def _s(seconds: float) -> str:
 
 
 class Usefulness:
-    """Whether the store is used at all. It is not after some loads in a row that took longer than
-    computing would have, or when the models say so; then one request tries it after a pause that
-    doubles up to a minute."""
+    """Whether loads keep what was expected of them. After some in a row that took longer than computing
+    would have, the store is off. A store that is off, or that the models think too slow, is tried by
+    one request after a pause in which it was not used; the pause doubles up to a minute."""
 
     def __init__(self) -> None:
+        self.off = False
         self._losses = 0
-        self._off = False
         self._pause_s = FIRST_PAUSE_S
-        self._try_at = math.inf
-
-    @property
-    def off(self) -> bool:
-        return self._off
-
-    def may_use(self, now: float) -> bool:
-        return not self._off or now >= self._try_at
+        self._used_at: float | None = None
 
     def tries(self, now: float) -> bool:
-        """Whether a request that asks now is to try a store that is off. Says so once for each pause."""
-        if not self._off or now < self._try_at:
+        """Whether a request that would load nothing is to try the store. Says so once for each pause."""
+        if self._used_at is None:
+            self._used_at = now
+        if now - self._used_at < self._pause_s:
             return False
+        self._used_at = now
         self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        self._try_at = now + self._pause_s
         return True
 
-    def not_worth(self, now: float) -> None:
-        """By the models nothing of a hit was worth it, because of the store."""
-        self._turn_off(now)
+    def used(self, now: float) -> None:
+        """A load begins that is no trial."""
+        self._used_at = now
 
-    def loaded(self, now: float, took_s: float, without_s: float) -> None:
-        """A load took so long until its request could be admitted; without it `without_s` would have
-        passed until the same part was computed."""
+    def loaded(self, took_s: float, without_s: float) -> None:
+        """A load took so long until its request could be admitted; computing the same part would have
+        taken `without_s`."""
         if took_s <= without_s:
-            self._losses, self._off, self._pause_s = 0, False, FIRST_PAUSE_S
+            self._losses, self.off, self._pause_s = 0, False, FIRST_PAUSE_S
             return
         self._losses += 1
-        if self._losses >= LOSSES:
-            self._turn_off(now)
-
-    def _turn_off(self, now: float) -> None:
-        if not self._off:
-            self._off, self._try_at = True, now + self._pause_s
+        self.off = self.off or self._losses >= LOSSES

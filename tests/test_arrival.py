@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_sim import SimulatedStore, Timeline
 
-from objectcache.arrival import Coming, latest_first_byte_s
+from objectcache.arrival import FORGET_S, Coming, WireRate, latest_first_byte_s
 from objectcache.flow import StoreModel
 
 MIB = 1 << 20
@@ -184,3 +184,19 @@ def test_it_is_as_sure_as_it_says() -> None:
     assert len(errors) > 60
     assert sum(surprises) < 0.1 * len(surprises)
     assert sorted(errors)[len(errors) // 2] < 0.2
+
+
+@pytest.mark.parametrize(("bodies", "full"), [(4, False), (20, False), (60, True), (224, True)])
+def test_a_full_wire_is_known_by_streams_that_are_slower_than_a_connection(
+    bodies: int, full: bool
+) -> None:
+    wire = 2e9
+    rate = min(85e6, wire / bodies)
+    seen = WireRate()
+    assert seen.bytes_per_s(0.0, 85e6) == math.inf
+    for _ in range(3):
+        for _ in range(bodies):
+            seen.body(1.0, 32 * MIB, 32 * MIB / rate, bodies)
+    found = seen.bytes_per_s(1.0, 85e6)
+    assert found == (pytest.approx(wire) if full else math.inf)
+    assert seen.bytes_per_s(1.0 + FORGET_S, 85e6) == math.inf

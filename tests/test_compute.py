@@ -191,3 +191,13 @@ def test_it_remembers_only_so_many_kinds_of_passes() -> None:
         for reads in range(1, 24):
             model.timed(decodes(1 << tokens, 1 << reads), 1.0)
     assert len(model._cells) == CELLS
+
+
+def test_a_prior_is_scaled_by_passes_that_met_no_hindrance() -> None:
+    """Half of the first passes compile; what another kind of pass takes is still foretold."""
+    model = ComputeModel()
+    for number in range(6):
+        work = prefill(1024 << number, 0, 1 << 20)
+        model.timed(work, 5 * exact(work, H100) + (10.0 if number % 2 else 0.0))
+    work = prefill(4096, 30000, 8192)
+    assert model.seconds(work).mean_s == pytest.approx(5 * exact(work, H100), rel=0.3)

@@ -140,6 +140,10 @@ def test_it_is_admitted_early_only_if_that_costs_the_others_less() -> None:
     assert not early(found, 0.0, stalls_s, next_ask_s=0.05, others=1)
     assert early(found, 0.0, stalls_s, next_ask_s=0.06, others=1)
     assert not early(found, 0.0, stalls_s, next_ask_s=0.06, others=20)
+    later = Arrivals(tuple(at + 0.1 for at in arrivals), expected.sigma_s)
+    found = moment(later, 0.0, Estimate(0.001, 0.0), margin=NONE)
+    # Who comes meanwhile would wait, too.
+    assert not early(found, 0.0, stall_s(0.0, later.mean_s, 0.001), next_ask_s=0.5, others=0)
 
 
 def test_the_reason_can_be_read() -> None:

@@ -42,7 +42,7 @@ several = st.lists(fetches, min_size=1, max_size=12)
 
 
 @settings(max_examples=200, deadline=None)
-@given(several, st.floats(1e6, 1e11), st.floats(10.0, 20.0))
+@given(several, st.floats(1e6, 1e11), st.floats(10.0, 30.0))
 def test_all_of_the_wire_is_used_and_nobody_gets_more_than_it_can_use(
     wanted: list[Wanted], wire: float, now: float
 ) -> None:
@@ -54,15 +54,13 @@ def test_all_of_the_wire_is_used_and_nobody_gets_more_than_it_can_use(
 
 
 @settings(max_examples=200, deadline=None)
-@given(several, st.integers(1, 300), st.floats(1e6, 1e11) | st.just(math.inf), st.floats(10, 20))
-def test_slots_are_within_the_limit_and_fill_the_wire(
+@given(several, st.integers(1, 300), st.floats(1e6, 1e11) | st.just(math.inf), st.floats(10, 30))
+def test_slots_are_within_the_limit_and_all_are_used(
     wanted: list[Wanted], limit: int, wire: float, now: float
 ) -> None:
     given_ = slots(wanted, now, limit, wire, CONNECTION)
     assert all(0 <= n <= one.most_requests for n, one in zip(given_, wanted, strict=True))
-    assert sum(given_) <= limit
-    fills = min(limit, math.ceil(min(wire, limit * CONNECTION) / CONNECTION))
-    assert sum(given_) >= min(fills, sum(one.most_requests for one in wanted))
+    assert sum(given_) == min(limit, sum(one.most_requests for one in wanted))
     # Sending one request after the other as told ends with exactly these.
     in_flight, waiting = [0] * len(wanted), [one.most_requests for one in wanted]
     while (i := next_request(wanted, now, given_, in_flight, waiting)) is not None:
@@ -76,19 +74,38 @@ def test_who_is_about_to_stall_a_batch_goes_before_everybody() -> None:
     small = Wanted(0.0, 32 * MIB, MIB, 0.01, 0.0)
     given_ = shares([small, stalls], 6.0, 1e9)
     assert given_ == [0.0, 1e9]
+    starved = small._replace(arrived_s=6.0 - PATIENCE_S)
     soon = stalls._replace(ahead_s=0.01)  # one layer ahead: what it computes, and a little more
-    assert shares([small, soon], 6.0, 1e10)[1] == pytest.approx(1.25 * 60 * MIB / 0.01)
+    assert shares([starved, soon], 6.0, 1e10)[1] == pytest.approx(1.25 * 60 * MIB / 0.01)
     well = stalls._replace(ahead_s=1.0)
-    assert shares([small, well], 1.0, 1e10, CONNECTION) != shares([small, soon], 1.0, 1e10)
+    assert shares([starved, well], 6.0, 1e10) == [1e10, 0.0]
 
 
 def test_first_layers_come_first_and_the_smallest_of_them() -> None:
     old = Wanted(0.0, 900 * MIB, 30 * MIB, 0.02, 0.5, True)
     large = Wanted(1.0, 7168 * MIB, 224 * MIB, 0.07)
     small = Wanted(1.1, 448 * MIB, 14 * MIB, 0.002)
-    assert shares([old, large, small], 1.2, 1e9) == [0.0, 0.0, 1e9]
+    assert shares([old, large, small], 1.2, 1e9, apart=True) == [0.0, 0.0, 1e9]
     busy = small._replace(ahead_s=0.4)  # the GPU is taken until then: it would wait all the same
-    assert shares([old, large, busy], 1.2, 1e9) == [0.0, 1e9, 0.0]
+    assert shares([old, large, busy], 1.2, 1e9, apart=True) == [0.0, 1e9, 0.0]
+
+
+def test_for_one_gpu_the_fewest_bytes_come_first_whatever_they_are() -> None:
+    every = [Wanted(0.1 * n, size * MIB, MIB, 0.01) for n, size in enumerate((300, 100, 200))]
+    assert line(every, 1.0) == [1, 2, 0]
+    assert shares(every, 1.0, 1e9) == [0.0, 1e9, 0.0]
+    assert shares(every, 1.0, 1e9, CONNECTION) == shares(every, 1.0, 1e9)
+    few = [one._replace(most_requests=4) for one in every]
+    assert shares(few, 1.0, 1e9, CONNECTION)[:2] == [1e9 - 8 * CONNECTION, 4 * CONNECTION]
+
+
+def test_for_gpus_apart_few_bytes_that_last_long_come_first() -> None:
+    short = Wanted(0.0, 300 * MIB, 10 * MIB, 0.001, 9.0, True)
+    long = Wanted(0.0, 400 * MIB, 10 * MIB, 0.1, 9.0, True)
+    assert (line([short, long], 1.0), line([short, long], 1.0, apart=True)) == ([0, 1], [1, 0])
+    dry = [one._replace(ahead_s=0.0) for one in (short, long)]
+    kept = shares(dry, 1.0, 1e9, apart=True)  # as much as it computes, the rest for the other
+    assert kept[1] == pytest.approx(1.25 * 10 * MIB / 0.1) and sum(kept) == 1e9
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,7 +183,7 @@ waiting_ones = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    waiting_ones, st.integers(0, 100), st.integers(0, 9000), st.integers(0, 9000), st.floats(10, 20)
+    waiting_ones, st.integers(0, 100), st.integers(0, 9000), st.integers(0, 9000), st.floats(10, 30)
 )
 def test_a_burst_does_not_fill_memory(
     waiting: list[Waiting], free_slots: int, free_blocks: int, promised: int, now: float

@@ -127,6 +127,23 @@ def test_a_split_hit_is_chosen_where_it_is_sooner_than_both() -> None:
     assert found.tell().startswith(f"Load {found.best.chunks} of 32 chunks: first token in ")
 
 
+@pytest.mark.parametrize("chunks", [300, 900])
+@pytest.mark.parametrize("rate", [3e9, 12e9])
+def test_of_many_chunks_every_number_is_looked_at_near_the_best(chunks: int, rate: float) -> None:
+    """While a whole hit loads, the GPU is idle: it is sooner to compute one pass of it meanwhile."""
+    hit = Hit(chunks * 256 + 64, 0, 256, chunks, 32 * MIB, 32)
+    now = Now(StoreModel(0.002, 0.004), 256, rate)
+    each = [option(hit, n, now, H100, Rates()).first_token_s for n in range(chunks + 1)]
+    found = choose(hit, now, H100)
+    assert found.best.first_token_s == min(each)
+    assert found.best.chunks == chunks - 31
+    staged = Now(StoreModel(0.002, 0.004), 256, rate, overlaps=False)
+    assert choose(hit, staged, H100).best.chunks >= chunks - 1
+    assert option(hit, 40, staged, H100, Rates()).admit_s == pytest.approx(
+        option(hit, 40, staged, H100, Rates()).load_s
+    )
+
+
 def test_a_busy_gpu_hides_a_slow_store_and_a_busy_wire_makes_it_worse() -> None:
     slow = NEAR.__dict__ | {"bytes_per_s": 2.2e9}
     alone = choose(LONG, Now(**slow), H100)
@@ -134,6 +151,16 @@ def test_a_busy_gpu_hides_a_slow_store_and_a_busy_wire_makes_it_worse() -> None:
     queued = choose(LONG, Now(**slow | {"wire_busy_s": 5.0}), H100)
     assert behind.best.chunks == 224 and behind.best.first_token_s == pytest.approx(4.62, rel=0.02)
     assert queued.best.chunks == 0 and alone.best.chunks >= queued.best.chunks
+
+
+def test_who_waits_for_the_gpu_makes_loading_worth_more_and_who_waits_for_the_wire_less() -> None:
+    slow = NEAR.__dict__ | {"bytes_per_s": 2.4e9}
+    alone = choose(LONG, Now(**slow), H100)
+    gpu = choose(LONG, Now(**slow | {"gpu_line": 5}), H100)
+    wire = choose(LONG, Now(**slow | {"wire_line": 5}), H100)
+    assert wire.best.chunks < gpu.best.chunks == 224
+    assert wire.best.chunks <= alone.best.chunks <= gpu.best.chunks
+    assert gpu.best.others_s == pytest.approx(5 * gpu.best.compute.mean_s)
 
 
 def test_egress_is_weighed_against_waiting() -> None:
@@ -164,14 +191,15 @@ def test_decodes_beside_it_make_passes_longer() -> None:
     assert choose(LONG, both, H100).best.compute.mean_s > alone
 
 
-def test_a_slow_store_goes_off_and_comes_back() -> None:
+def test_a_store_that_loses_goes_off_and_comes_back() -> None:
     use = Usefulness()
     for _ in range(LOSSES - 1):
-        use.loaded(0.0, 2.0, 1.0)
-    use.loaded(0.0, 0.5, 1.0)  # not in a row
+        use.loaded(2.0, 1.0)
+    use.loaded(0.5, 1.0)  # not in a row
     for _ in range(LOSSES):
-        assert use.may_use(0.0)
-        use.loaded(0.0, 2.0, 1.0)
+        assert not use.off
+        use.used(0.0)
+        use.loaded(2.0, 1.0)
     now, pauses = 0.0, []
     for _ in range(7):
         assert use.off and not use.tries(now)
@@ -179,10 +207,16 @@ def test_a_slow_store_goes_off_and_comes_back() -> None:
         while not use.tries(now):
             now += 0.5
         pauses.append(now - began)
-        use.loaded(now, 9.0, 1.0)
+        use.loaded(9.0, 1.0)
     assert pauses[0] == FIRST_PAUSE_S and pauses[-1] == LONGEST_PAUSE_S
     assert pauses == sorted(pauses)
-    use.loaded(now, 0.5, 1.0)
-    assert not use.off and use.may_use(now)
-    use.not_worth(now)
-    assert use.off and not use.tries(now + FIRST_PAUSE_S - 0.1) and use.tries(now + FIRST_PAUSE_S)
+    use.loaded(0.5, 1.0)
+    assert not use.off
+
+
+def test_a_store_in_use_needs_no_trial() -> None:
+    use = Usefulness()
+    for second in range(100):
+        assert not use.tries(float(second))
+        use.used(float(second))
+    assert use.tries(99.0 + FIRST_PAUSE_S)
