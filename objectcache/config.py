@@ -53,7 +53,7 @@ class Options:
     max_connections: int = _option(
         256,
         "Most requests in flight to the store, for each engine process. How many of them with bodies "
-        "the store rewards is measured, beginning with 16; on 503 there are fewer.",
+        "the store rewards is measured, beginning with 32; on 503 there are fewer.",
         low=1,
         high=4096,
     )
