@@ -34,7 +34,8 @@ _START = (
 )
 _LINES_MAX = 1000
 _LOOK_S = 0.02
-_END_S = 3.0  # for the process to end after its drain
+_DYING_S = 0.2  # from the end of its socket to its own
+_END_S = 1.5  # for the process to end after its drain
 _FIRST_PAUSE_S, _PAUSE_MAX_S = 1.0, 60.0  # before another is started
 
 
@@ -175,7 +176,7 @@ class MoverProcess(Mover):
         log.error(
             "objectcache: the process that moves the bytes has ended with code %s. Prompts are "
             "computed until there is another, in %.0f s at the soonest.",
-            child.close(0.0),
+            child.bury(),
             self._pause_s,
         )
         self._counted = _sum(self._counted, child.counters)
@@ -248,6 +249,13 @@ class _Child:
         """Slots in use; not zero while it has orders that it may not have read."""
         state = self._state
         return state.leased or int(state.heeded < self._sent)
+
+    def bury(self) -> int | None:
+        """It has ended, or as good as. Its exit code; a process that was killed here has -9."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_DYING_S)
+        self._process.kill()
+        return self.close(0.0)
 
     def close(self, drain_s: float) -> int | None:
         """Have it end, and see to it that it has. Its exit code."""

@@ -319,6 +319,19 @@ def kill_one(worker: Worker) -> None:
     assert eventually(lambda: one._child.ended)
 
 
+def test_several_end_together(workers: Workers, url: str) -> None:
+    """vLLM allows 5 s for everything, whatever they are doing."""
+    filled(workers, url, 4)
+    worker = beside(workers, url, processes=3, shutdown_drain_ms=1000)
+    worker.step(stages=[stage(1, 1, 2, 3)])
+    worker.staged(1)
+    for process in processes():
+        os.kill(process, signal.SIGSTOP)  # the worst that one can do
+    began = time.monotonic()
+    worker.half.shutdown()
+    assert time.monotonic() - began < 4.5 and not processes()
+
+
 @pytest.mark.parametrize("round_", range(3))
 def test_several_and_releases_at_any_time(workers: Workers, url: str, round_: int) -> None:
     filled(workers, url, 6)

@@ -70,7 +70,7 @@ MAP: dict[str, str] = {
     "saver": "asyncio clock",
     "mover": "threads",
     "mover_process": "threads clock files processes",
-    "movers": "",
+    "movers": "threads",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
