@@ -250,6 +250,7 @@ class Engine:
             gpu_line=len(self._queue) - 1 + len(self._decoding),
             pass_tokens=setting.pass_tokens,
             beside=self._decode_work(),
+            slowness=self._use.slowness(self._line.now),
             overlaps=setting.mode != moment.STAGED,
         )
 
@@ -503,11 +504,8 @@ class Engine:
 
     def _judge(self, request: Request) -> None:
         """Whether its load kept what was expected, now that all of it is there."""
-        choice = request.choice
-        if choice is not None:
-            hidden_s = max(0.0, choice.best.load_s - choice.best.admit_s)
-            without_s = choice.nothing.first_token_s - choice.best.compute.mean_s
-            self._use.loaded(self._line.now - request.found_s - hidden_s, without_s)
+        if request.choice is not None:
+            self._use.loaded(self._line.now, request.choice, self._line.now - request.found_s)
 
     def _may_admit(self, request: Request, next_ask_s: float) -> bool:
         if not request.decided or request.blocks > self._free_blocks:

@@ -18,6 +18,7 @@ OPTIONS = 256  # numbers of chunks that are priced; of larger hits every second 
 TRIAL_COSTS = 1.1  # times the time without: what a request pays at most to try the store again
 LOSSES = 3  # in a row, until the store is left alone
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0  # until it is tried again; doubles
+SLOW_LEARNS, SLOW_FADES_S = 0.3, 20.0  # from one load; and until what was learned counts half
 NOTHING_ELSE = Work()
 
 
@@ -49,6 +50,7 @@ class Now:
     gpu_line: int = (
         0  # prompts that wait for the GPU behind it, and sequences that decode beside it
     )
+    slowness: float = 1.0  # by which loads took longer than expected lately (Usefulness)
     overlaps: bool = True  # computing begins before all bytes are there
     lookup_s: float = 0.0  # still to wait, before anything can be fetched
 
@@ -90,6 +92,7 @@ class Choice:
     everything: Option
     deadline_s: float
     trial: bool
+    slowness: float = 1.0  # that was counted with
 
     @property
     def keeps_deadline(self) -> bool:
@@ -141,7 +144,8 @@ def choose(
         bearable_s = TRIAL_COSTS * nothing.first_token_s
         costs = {n: option(hit, n, now, compute, rates) for n in _doubling(most)}
         best = max((n for n in costs if costs[n].first_token_s <= bearable_s), default=1)
-    return Choice(option(hit, best, now, compute, rates), nothing, everything, deadline_s, tries)
+    taken = option(hit, best, now, compute, rates)
+    return Choice(taken, nothing, everything, deadline_s, tries, now.slowness)
 
 
 def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates) -> Option:
@@ -158,8 +162,8 @@ def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates)
         rate = min(now.bytes_per_s, requests * now.store.connection_bytes_per_s)
         rate = min(rate, now.connections * now.store.connection_bytes_per_s)
         begins_s = now.lookup_s + now.wire_busy_s
-        begins_s += latest_first_byte_s(now.store, min(requests, now.connections))
-        flows_s = max(
+        begins_s += now.slowness * latest_first_byte_s(now.store, min(requests, now.connections))
+        flows_s = now.slowness * max(
             chunks * hit.chunk_bytes / max(1.0, rate), requests / now.store.requests_per_s
         )
         load_s = begins_s + flows_s
@@ -199,15 +203,23 @@ def _s(seconds: float) -> str:
 
 
 class Usefulness:
-    """Whether loads keep what was expected of them. After some in a row that took longer than computing
-    would have, the store is off. A store that is off, or that the models think too slow, is tried by
-    one request after a pause in which it was not used; the pause doubles up to a minute."""
+    """How loads keep what was expected of them. If they take longer, more is expected of the next ones
+    to take; that fades, so that a store which got better is used again. After some in a row that took
+    longer than computing would have, the store is off. A store that is off, or that the models think
+    too slow, is tried by one request after a pause in which it was not used; the pause doubles up to a
+    minute."""
 
     def __init__(self) -> None:
         self.off = False
         self._losses = 0
         self._pause_s = FIRST_PAUSE_S
         self._used_at: float | None = None
+        self._slower = 0.0  # logarithm of times over expectations
+        self._slower_at = 0.0
+
+    def slowness(self, now: float) -> float:
+        """By which factor loads take longer than the models say, one at least."""
+        return math.exp(self._slower * 0.5 ** (max(0.0, now - self._slower_at) / SLOW_FADES_S))
 
     def tries(self, now: float) -> bool:
         """Whether a request that would load nothing is to try the store. Says so once for each pause."""
@@ -223,10 +235,15 @@ class Usefulness:
         """A load begins that is no trial."""
         self._used_at = now
 
-    def loaded(self, took_s: float, without_s: float) -> None:
-        """A load took so long until its request could be admitted; computing the same part would have
-        taken `without_s`."""
-        if took_s <= without_s:
+    def loaded(self, now: float, choice: Choice, took_s: float) -> None:
+        """All bytes of this choice were there `took_s` after it was made."""
+        best = choice.best
+        before = math.log(self.slowness(now))
+        ratio = math.log(max(1e-3, took_s) / max(1e-3, best.load_s)) + math.log(choice.slowness)
+        self._slower = max(0.0, before + SLOW_LEARNS * (ratio - before))
+        self._slower_at = now
+        hidden_s = max(0.0, best.load_s - best.admit_s)
+        if took_s - hidden_s <= choice.nothing.first_token_s - best.compute.mean_s:
             self._losses, self.off, self._pause_s = 0, False, FIRST_PAUSE_S
             return
         self._losses += 1
