@@ -36,8 +36,9 @@ from typing import Any
 
 from benchmarks import results, simulate_report
 from benchmarks.simulated import S3, S3Law, Timeline
-from benchmarks.simulated_engine import CHUNK_TOKENS, RECOMPUTE, Engine, Request, Setting
+from benchmarks.simulated_engine import Engine
 from benchmarks.simulated_paper import RULES, TABLE_A12, WORKLOADS, added_ms
+from benchmarks.simulated_prompts import CHUNK_TOKENS, RECOMPUTE, Request, Setting
 from objectcache.moment import AT_ONCE, JUST_IN_TIME, STAGED
 
 GBPS = 1e9 / 8
