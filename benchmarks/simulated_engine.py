@@ -6,23 +6,31 @@ computes layer after layer and waits for those that are not there. Not modelled:
 lookup (it takes a fixed time), hedges and timeouts; failed requests other than refused ones.
 """
 
-import functools
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from benchmarks.simulated import S3, Call, Timeline, Wire
+from benchmarks.simulated_prompts import (
+    CHUNK_TOKENS,
+    LAYERS,
+    RECOMPUTE,
+    SLICE_BYTES,
+    Fetch,
+    Request,
+    Setting,
+    Step,
+    Tally,
+    plan_of,
+    rounded,
+)
 from objectcache import moment, sharing, worth
 from objectcache.arrival import Coming, WireRate
-from objectcache.compute import H100_8B, ComputeModel, Costs, Work, decodes, first_pass, prefill
+from objectcache.compute import ComputeModel, Work, decodes, first_pass, prefill
 from objectcache.flow import Flow, StoreModel
-from objectcache.format import ObjectLayout
-from objectcache.plan import Limits, Plan, plan
+from objectcache.plan import Plan
 
-CHUNK_TOKENS, LAYERS, SLICE_BYTES = 256, 32, 1 << 20
-LAYOUT = ObjectLayout(bytes(32), CHUNK_TOKENS, 16, 0, 1, (SLICE_BYTES,) * LAYERS)
-RECOMPUTE = "recompute"
 RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
 ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
 ASK_MOST_S = 0.05  # and with more time left, a quarter of it, at most so long
@@ -30,117 +38,6 @@ RESHARE_S = 0.005
 COPY_BYTES_PER_S = 50e9
 GPU_NOISE = 0.03
 BEYOND_BYTES_PER_S = 0.625e9  # 5 Gbps, of the calibrated rule
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One machine and how it decides. `wire_rule` is "ours", "equal" (all fetches the
-    same), "calibrated" (the paper's) or "in-order" (requests in the order of their prompts)."""
-
-    mode: str = moment.JUST_IN_TIME
-    wire_rule: str = "ours"
-    wire_bytes_per_s: float = 12.5e9
-    connection_bytes_per_s: float = 85e6
-    connections: int = 256
-    ring_slots: int = 1024  # 32 GiB
-    gpu_blocks: int = 23000
-    pass_tokens: int = 8192
-    lookup_s: float = 0.05
-    truth: Costs = H100_8B
-    prior: Costs = H100_8B
-    split: bool = True  # load or recompute is decided; else all that is found is loaded
-    margin: moment.Margin = moment.USUAL
-    early: bool = True  # admitted before its time where that costs nobody more
-
-
-@dataclass
-class Request:
-    number: int
-    arrives_s: float
-    prompt_tokens: int
-    hit_chunks: int
-    output_tokens: int = 1
-    first_token_s: float = math.nan
-    # while it lives
-    choice: "worth.Choice | None" = None
-    fetch: "Fetch | None" = None
-    left: int = 0  # tokens of its prompt to compute
-    context: int = 0
-    decoded: int = 0
-    decided: bool = False
-    found_s: float = 0.0
-
-    @property
-    def blocks(self) -> int:
-        return -(-(self.prompt_tokens + self.output_tokens) // 16)
-
-
-class Fetch:
-    """A prefix on its way: which of its requests were sent, began and ended."""
-
-    def __init__(self, request: Request, plan: Plan) -> None:
-        self.request, self.chunks, self.groups = request, plan.chunks, plan.groups
-        chunks, groups = plan.chunks, plan.groups
-        self.unsent = [at for at in range(len(groups)) for _ in range(chunks)][::-1]
-        self.begun = [0] * len(groups)
-        self.last_from = [0.0] * len(groups)  # the service from which the latest body counts
-        self.in_flight = 0
-        self.bodies: dict[int, tuple[float, int]] = {}  # under way: service from which, bytes
-        self.done_bytes = 0
-        self.started = self.admitted = self.over = False
-        self.ready_at: list[float] = []  # of the layers of an admitted one
-        self.coming: Coming | None = None
-
-    @property
-    def total_bytes(self) -> int:
-        return self.chunks * LAYERS * SLICE_BYTES
-
-    def landed(self, served: float) -> int:
-        return self.done_bytes + int(sum(served - since for since, _ in self.bodies.values()))
-
-    def waiting(self) -> int:
-        return self.in_flight - len(self.bodies)
-
-    def layers_ready(self, served: float) -> int:
-        for at, (first, last) in enumerate(self.groups):
-            if self.begun[at] < self.chunks:
-                return first
-            layers = int((served - self.last_from[at]) / SLICE_BYTES + 1e-6)
-            if layers < last - first:
-                return first + layers
-        return LAYERS
-
-
-@functools.cache
-def plan_of(chunks: int, connections: int, store: StoreModel, layer_s: float) -> Plan:
-    """The package's plan. Its model of the store and the layers' time come rounded, to be found again."""
-    return plan(chunks, LAYOUT, store, Limits(connections), layer_s=layer_s)
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.1g}") if value < math.inf else value
-
-
-@dataclass
-class Step:
-    began_s: float
-    work: Work
-    takes_s: float
-    loads: list[Fetch]
-    prompts: list[tuple[Request, int]] = field(default_factory=list)
-
-
-@dataclass
-class Tally:
-    """What an engine's users saw."""
-
-    requests: list[Request] = field(default_factory=list)
-    token_s: list[float] = field(default_factory=list)  # between two tokens of a sequence
-    stalled_s: float = 0.0  # steps that waited for a layer
-    busy_s: float = 0.0  # of the GPU, in all steps
-    computed_tokens: int = 0
-    loaded_bytes: int = 0
-    ring_most: int = 0
 
 
 class Engine:
@@ -250,6 +147,7 @@ class Engine:
             gpu_line=len(self._queue) - 1 + len(self._decoding),
             pass_tokens=setting.pass_tokens,
             beside=self._decode_work(),
+            slowness=self._use.slowness(self._line.now),
             overlaps=setting.mode != moment.STAGED,
         )
 
@@ -503,11 +401,8 @@ class Engine:
 
     def _judge(self, request: Request) -> None:
         """Whether its load kept what was expected, now that all of it is there."""
-        choice = request.choice
-        if choice is not None:
-            hidden_s = max(0.0, choice.best.load_s - choice.best.admit_s)
-            without_s = choice.nothing.first_token_s - choice.best.compute.mean_s
-            self._use.loaded(self._line.now - request.found_s - hidden_s, without_s)
+        if request.choice is not None:
+            self._use.loaded(self._line.now, request.choice, self._line.now - request.found_s)
 
     def _may_admit(self, request: Request, next_ask_s: float) -> bool:
         if not request.decided or request.blocks > self._free_blocks:
@@ -543,7 +438,6 @@ class Engine:
         if stalls_s == 0.0 and copies_s < GPU_NOISE * step.takes_s:
             self._compute.timed(step.work, took_s)  # else it says nothing about computing
         for fetch in step.loads:
-            fetch.over = True
             self._free_slots += fetch.chunks
             self._fetches.remove(fetch)
         self._tokens(step, took_s)

@@ -1,9 +1,10 @@
 """How many chunks of a hit are worth loading; the rest is computed again. Not how they are loaded: see plan.py; not when they are used: see moment.py.
 
-Pure. Loading the first k chunks costs until they are there, less what hides behind computing; and
-then the rest of the prompt is computed; and whoever waits for the wire or for the GPU waits longer. Every
-k is priced and the best is taken: that with the least waiting, or with the least price where prices
-are given, and of those that keep a deadline if any does. A store that is not worth it is not used; after a pause one request tries it again.
+Pure. Loading the first k chunks costs until they are there, less what hides behind computing; then
+the rest of the prompt is computed; and whoever waits for the wire or for the GPU waits longer. Every k
+is priced and the best is taken: that with the least waiting, or with the least price where prices are
+given, and of those that keep a deadline if any does. A store that is not worth it is not used; after
+a pause one request tries it again.
 """
 
 import math
@@ -14,10 +15,11 @@ from objectcache.arrival import latest_first_byte_s
 from objectcache.compute import ComputeModel, Estimate, Work, first_pass, prefill
 from objectcache.flow import StoreModel
 
-OPTIONS = 256  # numbers of chunks that are priced; of larger hits every second one, or fewer
+OPTIONS = 64  # numbers of chunks that are priced, evenly; then all that are near the best of them
 TRIAL_COSTS = 1.1  # times the time without: what a request pays at most to try the store again
 LOSSES = 3  # in a row, until the store is left alone
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0  # until it is tried again; doubles
+SLOW_LEARNS, SLOW_FADES_S = 0.3, 20.0  # from one load; and until what was learned counts half
 NOTHING_ELSE = Work()
 
 
@@ -46,9 +48,8 @@ class Now:
     pass_tokens: int = 8192  # most tokens in a pass
     beside: Work = NOTHING_ELSE  # what else is in its passes
     wire_line: int = 0  # fetches that wait for the wire behind it, or beside it
-    gpu_line: int = (
-        0  # prompts that wait for the GPU behind it, and sequences that decode beside it
-    )
+    gpu_line: int = 0  # prompts that wait for the GPU behind it, and sequences beside it
+    slowness: float = 1.0  # by which loads took longer than expected lately (Usefulness)
     overlaps: bool = True  # computing begins before all bytes are there
     lookup_s: float = 0.0  # still to wait, before anything can be fetched
 
@@ -83,13 +84,15 @@ class Option:
 
 @dataclass(frozen=True)
 class Choice:
-    """The best option, beside loading nothing and loading all that there is room for."""
+    """The best option, beside loading nothing and loading all that there is room for; and what the
+    request met."""
 
     best: Option
     nothing: Option
     everything: Option
     deadline_s: float
     trial: bool
+    met: Now
 
     @property
     def keeps_deadline(self) -> bool:
@@ -97,6 +100,7 @@ class Choice:
 
     def tell(self) -> str:
         """For a person who asks why."""
+        met = self.met
         what = f"Load {self.best.chunks} of {self.everything.chunks} chunks"
         if not self.best.chunks:
             what = f"Load none of {self.everything.chunks} chunks"
@@ -107,7 +111,10 @@ class Choice:
             f"{late}; with all of them in {_s(self.everything.first_token_s)} "
             f"({self.everything.usd:.2g} USD), with none in {_s(self.nothing.first_token_s)} "
             f"({self.nothing.usd:.2g} USD). Loading takes {_s(self.best.load_s)} by "
-            f"{self.best.requests} requests, computing the rest {_s(self.best.compute.mean_s)}."
+            f"{self.best.requests} requests, computing the rest {_s(self.best.compute.mean_s)}. "
+            f"The wire is taken for {_s(met.wire_busy_s)} and gives {met.bytes_per_s / 1e9:.3g} GB/s, "
+            f"the GPU for {_s(met.gpu_busy_s)}; loads take {met.slowness:.2g} times what models say; "
+            f"others wait {_s(self.best.others_s)} for it, {_s(self.nothing.others_s)} with none."
         )
 
 
@@ -122,8 +129,8 @@ def choose(
     """How many leading chunks to load, from none to as many as there is room for.
 
     `deadline_s` is for the first token, from now: of the options that keep it the best is taken, and
-    the soonest if none does. A `trial` loads the most that costs the request
-    little more than loading nothing; one chunk, if that costs more.
+    the soonest if none does. A `trial` loads the most that costs the request little more than
+    loading nothing; one chunk, if that costs more.
     """
     most = min(hit.chunks, now.room_chunks)
     nothing, everything = (option(hit, chunks, now, compute, rates) for chunks in (0, most))
@@ -141,7 +148,8 @@ def choose(
         bearable_s = TRIAL_COSTS * nothing.first_token_s
         costs = {n: option(hit, n, now, compute, rates) for n in _doubling(most)}
         best = max((n for n in costs if costs[n].first_token_s <= bearable_s), default=1)
-    return Choice(option(hit, best, now, compute, rates), nothing, everything, deadline_s, tries)
+    taken = option(hit, best, now, compute, rates)
+    return Choice(taken, nothing, everything, deadline_s, tries, now)
 
 
 def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates) -> Option:
@@ -158,8 +166,8 @@ def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates)
         rate = min(now.bytes_per_s, requests * now.store.connection_bytes_per_s)
         rate = min(rate, now.connections * now.store.connection_bytes_per_s)
         begins_s = now.lookup_s + now.wire_busy_s
-        begins_s += latest_first_byte_s(now.store, min(requests, now.connections))
-        flows_s = max(
+        begins_s += now.slowness * latest_first_byte_s(now.store, min(requests, now.connections))
+        flows_s = now.slowness * max(
             chunks * hit.chunk_bytes / max(1.0, rate), requests / now.store.requests_per_s
         )
         load_s = begins_s + flows_s
@@ -199,15 +207,23 @@ def _s(seconds: float) -> str:
 
 
 class Usefulness:
-    """Whether loads keep what was expected of them. After some in a row that took longer than computing
-    would have, the store is off. A store that is off, or that the models think too slow, is tried by
-    one request after a pause in which it was not used; the pause doubles up to a minute."""
+    """How loads keep what was expected of them. If they take longer, more is expected of the next ones
+    to take; that fades, so that a store which got better is used again. After some in a row that took
+    longer than computing would have, the store is off. A store that is off, or that the models think
+    too slow, is tried by one request after a pause in which it was not used; the pause doubles up to a
+    minute."""
 
     def __init__(self) -> None:
         self.off = False
         self._losses = 0
         self._pause_s = FIRST_PAUSE_S
         self._used_at: float | None = None
+        self._slower = 0.0  # logarithm of times over expectations
+        self._slower_at = 0.0
+
+    def slowness(self, now: float) -> float:
+        """By which factor loads take longer than the models say, one at least."""
+        return math.exp(self._slower * 0.5 ** (max(0.0, now - self._slower_at) / SLOW_FADES_S))
 
     def tries(self, now: float) -> bool:
         """Whether a request that would load nothing is to try the store. Says so once for each pause."""
@@ -223,10 +239,15 @@ class Usefulness:
         """A load begins that is no trial."""
         self._used_at = now
 
-    def loaded(self, took_s: float, without_s: float) -> None:
-        """A load took so long until its request could be admitted; computing the same part would have
-        taken `without_s`."""
-        if took_s <= without_s:
+    def loaded(self, now: float, choice: Choice, took_s: float) -> None:
+        """All bytes of this choice were there `took_s` after it was made."""
+        best = choice.best
+        before = math.log(self.slowness(now))
+        ratio = math.log(max(1e-3, took_s) / max(1e-3, best.load_s)) + math.log(choice.met.slowness)
+        self._slower = max(0.0, before + SLOW_LEARNS * (ratio - before))
+        self._slower_at = now
+        hidden_s = max(0.0, best.load_s - best.admit_s)
+        if took_s - hidden_s <= choice.nothing.first_token_s - best.compute.mean_s:
             self._losses, self.off, self._pause_s = 0, False, FIRST_PAUSE_S
             return
         self._losses += 1

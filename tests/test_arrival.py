@@ -200,3 +200,12 @@ def test_a_full_wire_is_known_by_streams_that_are_slower_than_a_connection(
     found = seen.bytes_per_s(1.0, 85e6)
     assert found == (pytest.approx(wire) if full else math.inf)
     assert seen.bytes_per_s(1.0 + FORGET_S, 85e6) == math.inf
+
+
+def test_the_last_request_to_begin_is_the_one_that_first_layers_wait_for() -> None:
+    """99 streams flow since 10 ms, the last since 200 ms: no layer is there before it has one."""
+    one = coming(100, StoreModel(0.027, 0.114, 20e6, 2e9))
+    for number in range(1, 21):
+        now = number * 0.01
+        one.seen(now, int(99 * 20e6 * (now - 0.005)), 0, waiting=1 if now < 0.2 else 0)
+    assert one.arrivals(0.2).mean_s[0] == pytest.approx(0.2 + MIB / 20e6, abs=0.01)

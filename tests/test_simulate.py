@@ -10,8 +10,9 @@ from benchmarks.results import Lines, read
 from benchmarks.simulate import Case, cases, measure
 from benchmarks.simulate_report import write
 from benchmarks.simulated import S3, S3Law, Timeline, Wire
-from benchmarks.simulated_engine import CHUNK_TOKENS, RECOMPUTE, Engine, Request, Setting
+from benchmarks.simulated_engine import Engine
 from benchmarks.simulated_paper import RULES, TABLE_A12, WORKLOADS, added_ms
+from benchmarks.simulated_prompts import CHUNK_TOKENS, RECOMPUTE, Request, Setting
 from objectcache.moment import AT_ONCE, JUST_IN_TIME, STAGED
 
 FREE = S3Law(requests_per_s=1e9, tail=0.0)
