@@ -197,6 +197,7 @@ def _told(engines: list[Engine], s3: S3, lasted_s: float) -> dict[str, Any]:
         "lasted_s": lasted_s,
         "loaded_gb": sum(engine.tally.loaded_bytes for engine in engines) / 1e9,
         "gets": served,
+        "given_up": sum(engine.tally.given_up for engine in engines),
         "ring_most_slots": max(engine.tally.ring_most for engine in engines),
         "s3_usd_per_1000": 1e3 * served * GET_USD / len(requests),
         "gpu_usd_per_1000": 1e3 * gpu_s / 3600 * GPU_HOUR_USD / len(requests),

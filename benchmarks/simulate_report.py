@@ -92,6 +92,7 @@ def _fleet(lines: list[Line]) -> Iterator[str]:
         "GET/s, mean": "gets_per_s_mean",
         "GET/s below a prefix, most": "gets_per_s_most_each_prefix",
         "refused, %": "refused_percent",
+        "loads given up": "given_up",
         "S3, USD per 1,000 prompts": "s3_usd_per_1000",
         "GPU, USD per 1,000 prompts": "gpu_usd_per_1000",
     }

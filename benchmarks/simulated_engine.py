@@ -14,6 +14,7 @@ from dataclasses import replace
 from benchmarks.simulated import S3, Call, Timeline, Wire
 from benchmarks.simulated_prompts import (
     CHUNK_TOKENS,
+    COPY_BYTES_PER_S,
     LAYERS,
     RECOMPUTE,
     SLICE_BYTES,
@@ -35,7 +36,6 @@ RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
 ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
 ASK_MOST_S = 0.05  # and with more time left, a quarter of it, at most so long
 RESHARE_S = 0.005
-COPY_BYTES_PER_S = 50e9
 GPU_NOISE = 0.03
 BEYOND_BYTES_PER_S = 0.625e9  # 5 Gbps, of the calibrated rule
 
@@ -211,6 +211,8 @@ class Engine:
         )
         if ready == LAYERS or found.due(now):
             return True
+        if self._gives_up(request, found):
+            return True
         wait_s = max(ASK_S / 2, min((found.at_s - now) / 4, ASK_MOST_S))
         self._asks_at = min(self._asks_at, now + wait_s)
         if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
@@ -218,6 +220,31 @@ class Engine:
         stall_s = moment.stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
         others = len(self._decoding) + len(self._prefilling) + len(self._queue) - 1
         return moment.early(found, now, stall_s, next_ask_s, others)
+
+    def _gives_up(self, request: Request, found: moment.Moment) -> bool:
+        """Computes all of it, if that is sooner now; its requests under way end for nothing."""
+        fetch, choice, tokens = request.fetch, request.choice, self._setting.pass_tokens
+        if choice is None or fetch is None:
+            return False
+        admit_s = found.at_s - found.margin_s - self._line.now
+        rest = self._compute.seconds(prefill(request.left, request.context, tokens))
+        whole = self._compute.seconds(prefill(request.prompt_tokens, 0, tokens))
+        if worth.still_worth(admit_s, rest, whole, self._gpu_busy_s()):
+            return False
+        self._use.loaded(self._line.now, choice, self._line.now + admit_s - request.found_s)
+        request.fetch, request.choice = None, None
+        request.context, request.left = 0, request.prompt_tokens
+        fetch.unsent.clear()
+        fetch.given_up = True
+        self.tally.given_up += 1
+        self._ended(fetch)
+        return True
+
+    def _ended(self, fetch: Fetch) -> None:
+        """A fetch that was given up gives its slots back when nothing writes to them any more."""
+        if fetch.given_up and not fetch.in_flight:
+            self._free_slots += fetch.chunks
+            self._fetches.remove(fetch)
 
     # ---- the wire
 
@@ -227,7 +254,7 @@ class Engine:
         if not waiting:
             return
         served = self._wire.served
-        promised = sum(f.request.blocks for f in self._fetches if not f.admitted)
+        promised = sum(f.request.blocks for f in self._fetches if not (f.admitted or f.given_up))
         chosen = sharing.begin(
             [
                 sharing.Waiting(self._wanted(f, served, 0.0), f.chunks, f.request.blocks)
@@ -272,7 +299,7 @@ class Engine:
                 self._ask_s3(fetch, 1)
                 open_ = [f for f in open_ if f.unsent]
             return
-        fetches = [f for f in self._fetches if f.unsent or f.in_flight]
+        fetches = [f for f in self._fetches if (f.unsent or f.in_flight) and not f.given_up]
         served, running_s = self._wire.served, self._gpu_busy_s()
         wanted = [self._wanted(f, served, running_s) for f in fetches]
         if now - self._shared_at >= RESHARE_S:
@@ -328,16 +355,26 @@ class Engine:
             self.tally.loaded_bytes += size
             self._flow.arrived(self._line.now, size, begun_s[0] - now, self._line.now - now)
             self._flow.ended(self._line.now)
+            self._ended(fetch)
             self._send()
-            if fetch.done_bytes == fetch.total_bytes:
+            if not fetch.given_up and fetch.done_bytes == fetch.total_bytes:
                 self._judge(fetch.request)
                 self._wake()
+
+        def again() -> None:
+            if not fetch.given_up:
+                self._ask_s3(fetch, attempt + 1, group)
+                return
+            fetch.in_flight -= 1
+            self._bodies -= 1
+            self._flow.ended(self._line.now)
+            self._ended(fetch)
 
         begun_s, beside = [now], [0.0]
         if not self._s3.get(first_byte):
             self._flow.throttled(now)
             pause_s = self._random.random() * min(2.0, RETRY_S * 2 ** (attempt - 1))
-            self._line.at(now + 0.01 + pause_s, lambda: self._ask_s3(fetch, attempt + 1, group))
+            self._line.at(now + 0.01 + pause_s, again)
 
     def _later(self, what: str, at: float, call: Call) -> None:
         """Once, however often it is asked for; the earliest time counts."""
@@ -425,7 +462,7 @@ class Engine:
         if any(len(fetch.ready_at) < LAYERS for fetch in step.loads):
             self._line.at(now + ASK_S / 4, self._end_step)  # a layer is still to come
             return
-        copies_s, stalls_s = self._waits(step)
+        copies_s, stalls_s = step.waits_s()
         until = step.began_s + step.takes_s + copies_s + stalls_s
         if until > now + 1e-9:
             self._line.at(until, self._end_step)
@@ -443,16 +480,6 @@ class Engine:
         self._tokens(step, took_s)
         self._begin_fetches()
         self._begin_step()
-
-    def _waits(self, step: Step) -> tuple[float, float]:
-        """By how much copies to the GPU and late layers make a step longer, in seconds."""
-        copies_s = stalls_s = 0.0
-        layer_s = step.takes_s / LAYERS
-        for fetch in step.loads:
-            copy_s = fetch.chunks * SLICE_BYTES / COPY_BYTES_PER_S
-            copies_s = max(copies_s, moment.pass_s(LAYERS, layer_s, copy_s) - step.takes_s)
-            stalls_s = max(stalls_s, moment.stall_s(step.began_s, fetch.ready_at, layer_s, copy_s))
-        return copies_s, stalls_s
 
     def _tokens(self, step: Step, took_s: float) -> None:
         now = self._line.now

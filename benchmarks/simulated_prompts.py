@@ -14,6 +14,7 @@ from objectcache.plan import Limits, Plan, plan
 CHUNK_TOKENS, LAYERS, SLICE_BYTES = 256, 32, 1 << 20
 LAYOUT = ObjectLayout(bytes(32), CHUNK_TOKENS, 16, 0, 1, (SLICE_BYTES,) * LAYERS)
 RECOMPUTE = "recompute"
+COPY_BYTES_PER_S = 50e9  # to the GPU
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Fetch:
         self.in_flight = 0
         self.bodies: dict[int, tuple[float, int]] = {}  # under way: service from which, bytes
         self.done_bytes = 0
-        self.started = self.admitted = False
+        self.started = self.admitted = self.given_up = False
         self.ready_at: list[float] = []  # of the layers of an admitted one
         self.coming: Coming | None = None
 
@@ -113,6 +114,17 @@ class Step:
     loads: list[Fetch]
     prompts: list[tuple[Request, int]] = field(default_factory=list)
 
+    def waits_s(self) -> tuple[float, float]:
+        """By how much copies to the GPU and late layers make it longer."""
+        copies_s = stalls_s = 0.0
+        layer_s = self.takes_s / LAYERS
+        for fetch in self.loads:
+            copy_s = fetch.chunks * SLICE_BYTES / COPY_BYTES_PER_S
+            copies_s = max(copies_s, moment.pass_s(LAYERS, layer_s, copy_s) - self.takes_s)
+            stall_s = moment.stall_s(self.began_s, fetch.ready_at, layer_s, copy_s)
+            stalls_s = max(stalls_s, stall_s)
+        return copies_s, stalls_s
+
 
 @dataclass
 class Tally:
@@ -125,3 +137,4 @@ class Tally:
     computed_tokens: int = 0
     loaded_bytes: int = 0
     ring_most: int = 0
+    given_up: int = 0  # loads

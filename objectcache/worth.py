@@ -17,6 +17,7 @@ from objectcache.flow import StoreModel
 
 OPTIONS = 64  # numbers of chunks that are priced, evenly; then all that are near the best of them
 TRIAL_COSTS = 1.1  # times the time without: what a request pays at most to try the store again
+GIVE_UP = 2.0  # times the time without: with more still to come a load is given up
 LOSSES = 3  # in a row, until the store is left alone
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 5.0, 60.0  # until it is tried again; doubles
 SLOW_LEARNS, SLOW_FADES_S = 0.3, 20.0  # from one load; and until what was learned counts half
@@ -182,6 +183,16 @@ def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates)
     others_s = now.wire_line * flows_s + now.gpu_line * takes.mean_s
     usd += others_s / 3600 * rates.hour_usd
     return Option(chunks, loaded, requests, load_s, admit_s, takes, first_token_s, others_s, usd)
+
+
+def still_worth(admit_s: float, rest: Estimate, whole: Estimate, gpu_busy_s: float = 0.0) -> bool:
+    """Whether a load that is under way is still to be waited for, and not better given up for computing
+    all of the prompt from now on.
+
+    `admit_s` is expected until its request can be admitted, from now, without a margin; `rest` and
+    `whole` what computing takes after that, and without the load.
+    """
+    return max(admit_s, gpu_busy_s) + rest.mean_s <= GIVE_UP * (gpu_busy_s + whole.mean_s)
 
 
 def _price(rates: Rates, deadline_s: float) -> Callable[[Option], tuple[float, float]]:

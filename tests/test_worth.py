@@ -12,6 +12,7 @@ from objectcache.flow import StoreModel
 from objectcache.moment import Margin, moment
 from objectcache.worth import (
     FIRST_PAUSE_S,
+    GIVE_UP,
     LONGEST_PAUSE_S,
     LOSSES,
     SLOW_FADES_S,
@@ -22,6 +23,7 @@ from objectcache.worth import (
     Usefulness,
     choose,
     option,
+    still_worth,
 )
 
 MIB = 1 << 20
@@ -185,6 +187,16 @@ def test_a_trial_loads_some_of_it_and_costs_little() -> None:
     dead = Now(StoreModel(), 256, 1.0)
     assert choose(LONG, dead, H100, trial=True).best.chunks == 1
     assert not choose(LONG, NEAR, H100, trial=True).trial
+
+
+def test_a_load_that_got_slow_is_given_up_while_computing_is_sooner() -> None:
+    rest, whole = Estimate(0.6, 0.0), Estimate(3.3, 0.0)
+    assert still_worth(2.0, rest, whole)
+    assert still_worth(GIVE_UP * 3.3 - 0.61, rest, whole)
+    assert not still_worth(GIVE_UP * 3.3 - 0.59, rest, whole)
+    assert still_worth(9.0, rest, whole, gpu_busy_s=6.0)  # nor could it be computed now
+    found = choose(LONG, NEAR, H100)
+    assert still_worth(found.best.admit_s, found.best.compute, found.nothing.compute)
 
 
 def test_decodes_beside_it_make_passes_longer() -> None:
