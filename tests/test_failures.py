@@ -17,6 +17,7 @@ from toy_engine import ToyEngine, prompt
 
 from benchmarks.servers import seaweedfs
 from benchmarks.tiny_model import write_model
+from objectcache.streamer import StageResult
 
 CHUNK = 64
 PROMPT = prompt(1000)  # 15 chunks
@@ -284,8 +285,12 @@ def test_down_between_staging_and_the_load(
     name = one.add(PROMPT)
     while not any(worker.leased_slots for worker in one.workers):
         one.step()
+
     # Until all is staged, though the scheduler has not heard of it.
-    assert eventually(lambda: all(w.connector._worker._mover._events for w in one.workers))
+    def staged(events: list) -> bool:
+        return any(isinstance(event, StageResult) for event in events)
+
+    assert eventually(lambda: all(staged(w.connector._worker._mover._events) for w in one.workers))
     proxy.down()
     try:
         one.run()
