@@ -2,8 +2,6 @@
 
 Pure: events and `now` (seconds, any monotonic clock) in, numbers out. It climbs a hill. A round is
 some bodies that were received while the limit was in full use; its goodput is that of the round.
-At the very start there is no round to judge by: each answer that comes in time allows two requests more,
-so that what is new doubles with each round trip, until one is late or the store refuses.
 A trial is a round with another limit:
 
     twice as many, until that does harm          (at the start, and after a trial up that did none)
@@ -20,7 +18,6 @@ from dataclasses import dataclass, field
 
 # Many engines may start at once; three doublings from what a large store rewards.
 START = 32
-START_LATE_S = 0.5  # an answer that begins so late has stood in a line: enough for a start
 ROUND_BODIES = 16  # and as many as the limit; half of that while it doubles. Fewer say little
 USED = 0.8  # share of the limit, and of a body's time, from which a body tells about that limit
 TWICE, MORE, LESS = 2.0, 1.25, 0.8  # steps of a trial
@@ -93,7 +90,6 @@ class Flow:
         self._base = float(min(START, most))  # what the last trial that paid has shown
         self._trial: float | None = None
         self._known: _Seen | None = None  # at _base
-        self._starting, self._grew = True, False
         self._step, self._fine = TWICE, False
         self._rest, self._pause = 0, REST_ROUNDS  # rounds to the next trial; of the next rest
         self._round = _Round()
@@ -119,21 +115,6 @@ class Flow:
     def ended(self, now: float) -> None:
         self._count(now, -1)
 
-    @property
-    def starting(self) -> bool:
-        """Whether `answered` is of use."""
-        return self._starting
-
-    def answered(self, now: float, first_byte_s: float) -> None:
-        """An answer has begun, so many seconds after its request."""
-        if not self._starting or self._trial is not None:
-            return
-        if first_byte_s > START_LATE_S or self._base >= self._most:
-            self._starting = False
-        elif self._is_used():
-            self._count(now, 0)
-            self._base, self._grew = min(self._base + 2, float(self._most)), True
-
     def arrived(
         self, now: float, body_bytes: int, first_byte_s: float | None, seconds: float
     ) -> None:
@@ -153,18 +134,12 @@ class Flow:
         seen.seconds += seconds
         if first_byte_s is not None:
             seen.first_bytes_s.append(first_byte_s)
-        if seen.bodies < self._enough():
-            return
-        if self._grew:  # this round had many numbers
-            self._grew, self._known = False, None
-            self._go(now, self._trial)
-        else:
+        if seen.bodies >= self._enough():
             self._judge(now)
 
     def failed(self, now: float) -> None:
         """A request failed for another reason than 503. Under a larger number than before, that
         number is to blame; else it is the business of retries and breaker."""
-        self._starting = False
         if self._trial is not None and self._trial > self._base:
             self._refuse(now)
 
@@ -180,7 +155,6 @@ class Flow:
             self._quiet_s = min(2 * self._quiet_s, QUIET_MAX_S)
         self._mend_at, self._quiet_until = now + MEND_S, now + self._quiet_s
         refused = self._limit()
-        self._starting = False
         self._base = max(1.0, CUT * refused)
         self._mend_to = MEND_TO * refused
         self._step, self._fine = MORE, True
@@ -207,7 +181,6 @@ class Flow:
         if self._in_flight == 0 and -math.inf < self._counted_at < now - IDLE_S:
             self._base = max(float(min(START, self._most)), self._base / 2)
             self._step, self._rest = TWICE, 0
-            self._starting = True
             self._known = None
             self._mend_to = 0.0
             self._go(now, None)
@@ -323,8 +296,6 @@ class Flow:
             latest_s = (known.first_byte_s or math.inf) * (1 + NO_LATER * more)
             later = seen.first_byte_s is not None and seen.first_byte_s > latest_s
             return seen.bytes_per_s >= NO_WORSE * known.bytes_per_s and not later
-        if seen.bytes_per_s >= AS_GOOD * known.bytes_per_s:
-            self._meet_wire(known)
         if seen.first_byte_s is None or known.first_byte_s is None:
             return False
         return (

@@ -186,8 +186,6 @@ class Client:
 
         def first() -> None:
             first_byte_at[0] = self.line.now
-            self.flow.answered(self.line.now, self.line.now - began)
-            self._pump()
 
         def end() -> None:
             now = self.line.now

@@ -92,7 +92,7 @@ def test_a_store_that_refuses_is_refused_little_more(requests_per_s: int, body_b
     reader.line.run(80.0)
     best = best_fixed(body_bytes, 40.0, **store)
     assert reader.goodput(20.0) > 0.75 * best
-    assert refused < max(4 * START, 3 * requests_per_s)  # until it knew the store
+    assert refused < max(4 * START, 2.5 * requests_per_s)  # until it knew the store
     assert reader.store.refused - refused < 0.05 * (reader.asked - asked)
 
 
@@ -128,29 +128,14 @@ def test_it_steps_back_from_a_line_at_the_server() -> None:
 # ---- it starts and rests without harm
 
 
-def test_it_starts_small_and_grows_with_each_round_trip() -> None:
+def test_it_starts_small_and_doubles() -> None:
     reader = client(Flow(MOST))
     seen = {reader.flow.limit(0.0)}
     reader.read(math.inf)
     for tick in range(60):
         reader.line.run(tick / 10)
         seen.add(reader.flow.limit(reader.line.now))
-    assert min(seen) == START and max(seen) == MOST
-    early = client(Flow(MOST), first_byte_p99_s=0.051, first_byte_s=0.05)
-    early.read(math.inf)
-    limits = []
-    for trip in range(4):
-        early.line.run(trip * 0.052 + 0.001)
-        limits.append(early.flow.limit(early.line.now))
-    assert limits == [START, 3 * START, MOST, MOST]
-
-
-def test_a_start_ends_where_answers_are_late() -> None:
-    """A server with a few hands lets the rest stand in a line."""
-    reader = client(Flow(MOST), servers=8, first_byte_s=0.02, first_byte_p99_s=0.03)
-    reader.read(math.inf)
-    reader.line.run(3.0)
-    assert reader.flow.limit(3.0) <= 2 * START
+    assert sorted(seen)[:4] == [START, 2 * START, 4 * START, MOST]
 
 
 def test_bursts_teach_and_pauses_do_not() -> None:
@@ -313,9 +298,6 @@ def test_what_it_measured() -> None:
     reader.read(8000)
     reader.line.run(100.0)
     assert reader.in_flight == 0
-    for _ in range(40):  # few at once show what one connection can
-        reader.read(8)
-        reader.line.run(reader.line.now + 5.0)
     model = flow.model()
     assert 0.8 < model.first_byte_s / 0.05 < 1.25
     assert 0.5 < model.first_byte_p99_s / 0.4 < 1.5

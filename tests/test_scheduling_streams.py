@@ -135,7 +135,7 @@ def test_streams_and_stages_share_a_tiny_ring(engine: Engines, caching: bool, bl
     began = time.monotonic()
     small = engine(blocks=blocks, prefix_caching=caching, layers=60)
     assert small.generate(*prompts) == want
-    assert time.monotonic() - began < 9, "they waited for each other"  # until a stage gives up
+    assert time.monotonic() - began < 5, "they waited for each other"
     assert small.totals["hit_tokens"] == (2 * 7 + 3 * 2) * CHUNK
     assert "failed_reads" not in small.totals
 

@@ -58,16 +58,6 @@ class Gate:
                 self._leave(line)
                 self._admit()
 
-    @property
-    def starting(self) -> bool:
-        """Whether `answered` is of use."""
-        return self._flow.starting
-
-    def answered(self, first_byte_s: float) -> None:
-        """An answer with a body has begun. While its slot is held."""
-        self._flow.answered(_now(), first_byte_s)
-        self._admit()
-
     def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
         """A body came in so many seconds since its request was sent. While its slot is held."""
         self._flow.arrived(_now(), body_bytes, first_byte_s, seconds)

@@ -303,7 +303,6 @@ class S3Store(Store):
             )
             fill.etag = fill.etag or answer.get("ETag", "")
             stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
-            self.gate.answered(first_byte_s)
             await self._drain(stream, fill, skip, what, until)
             self.gate.arrived(fill.have - had, clock() - asked, first_byte_s)
         except Corrupt as exc:

@@ -13,7 +13,6 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import suppress
 
 from botocore.utils import get_environ_proxies  # type: ignore[import-untyped]
 
@@ -47,23 +46,15 @@ class _HandOver(Exception):
 class _Read:
     """One read: how far it is, and what the answer at hand is taken for. `accept` runs in a receiver's thread."""
 
-    def __init__(
-        self,
-        key: str,
-        fill: Fill,
-        marks: Sequence[int],
-        answered: Callable[[float], None] = lambda at: None,
-    ) -> None:
+    def __init__(self, key: str, fill: Fill, marks: Sequence[int]) -> None:
         self.key = key
         self.what = f"GET {key}"
         self.fill = fill
         self.marks = marks
-        self._answered = answered  # told, in that thread, when an answer with a body has begun
         self.handed_over = False
-        self.begin(0.0)
+        self.begin()
 
-    def begin(self, now: float) -> None:
-        self.asked_at = now
+    def begin(self) -> None:
         self._base = self.fill.have
         self.head: Head | None = None
         self.first_byte_at = 0.0
@@ -91,7 +82,6 @@ class _Read:
         if skip or head.length != len(fill.into) - fill.have:
             raise _HandOver("answers to a Range with the whole object")
         fill.etag = fill.etag or head.etag
-        self._answered(self.first_byte_at - self.asked_at)
         marks = [mark - self._base for mark in self.marks if mark > self._base]
         return Sink(fill.into[self._base :], marks, self._landed)
 
@@ -139,7 +129,6 @@ class DirectStore(Store):
         self._endpoint: _Endpoint | None = None
         self._said: set[str] = set()  # reasons for handing over that are in the log
         self._closed = False
-        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def counters(self) -> StoreCounters:
@@ -191,13 +180,12 @@ class DirectStore(Store):
     ) -> None:
         check_key(key)
         endpoint = await self._ready()
-        self._loop = asyncio.get_running_loop()
         if endpoint.why_not:
             self._say(endpoint.why_not)
         if endpoint.why_not or (start is not None and not len(into)):  # HTTP has no empty range
             await self._others.read(key, into, start=start, marks=marks, landed=landed)
             return
-        read = _Read(key, Fill(into, start, landed), marks, self._answered)
+        read = _Read(key, Fill(into, start, landed), marks)
         async with self._library.gate.slot(bulk=True):
             await self._library.attempts.run(
                 len(into), lambda until: self._attempt(endpoint, read, until)
@@ -239,21 +227,14 @@ class DirectStore(Store):
             self._say(odd)
         await self._library.receive(read.key, read.fill, until)
 
-    def _answered(self, first_byte_s: float) -> None:
-        """From a receiver's thread."""
-        gate = self._library.gate
-        if gate.starting and self._loop is not None:
-            with suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(gate.answered, first_byte_s)
-
     async def _get(self, endpoint: "_Endpoint", read: _Read, until: float) -> str:
         """One GET of what is missing. What is odd about the answer, "" if it was received well."""
         credentials = await self._library.credentials()
         if self._closed:
             raise self._is_closed()
         request = endpoint.get(read.key, read.fill, credentials)
+        read.begin()
         began = time.monotonic()
-        read.begin(began)
         self.counters.get_requests += 1
         try:
             exchange = await self._exchange(endpoint.connections, request, read, until)
