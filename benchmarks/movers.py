@@ -24,10 +24,10 @@ from benchmarks import results
 from benchmarks.lab import MIB, Lab, Scale
 from benchmarks.steps import SPACE, name_as_engines_do
 from objectcache.config import parse
-from objectcache.device import HostSlots
 from objectcache.mover import Berth, Placed
 from objectcache.mover_process import MoverProcess
 from objectcache.movers import Movers, split
+from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
 
 LIMIT_S = 60.0

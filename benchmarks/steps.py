@@ -47,11 +47,11 @@ from benchmarks.lab import MIB, Lab, Scale
 from benchmarks.tiny_model import write_model
 from objectcache import keys
 from objectcache.config import parse
-from objectcache.device import HostSlots
 from objectcache.errors import ObjectCacheError
 from objectcache.format import Verifier
 from objectcache.mover import Berth
 from objectcache.mover_process import MoverProcess
+from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
 
 PACED_GB_PER_S = 10.0

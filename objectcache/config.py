@@ -52,7 +52,7 @@ class Options:
     )
     max_connections: int = _option(
         256,
-        "Most requests in flight to the store, for each engine process. How many of them with bodies "
+        "Most requests in flight to the store, for each half of the connector in each process of the engine. How many of them with bodies "
         "the store rewards is measured, beginning with 32; on 503 there are fewer.",
         low=1,
         high=4096,
@@ -75,7 +75,7 @@ class Options:
     processes: int = _option(
         0,
         "How many processes move bytes, each a part of every prefix, where `mover` is not a thread. "
-        "`0`: two on 8 cores or more, else one.",
+        "`0`: one for each four cores of the worker's part of the host, one at least, four at most.",
         low=0,
         high=16,
     )

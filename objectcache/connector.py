@@ -231,8 +231,9 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._refusal is not None:
             return
         facts = identity.worker_facts(self._vllm_config, self._kv_cache_config, kv_caches)
-        world = self._vllm_config.parallel_config.tensor_parallel_size
-        rank = self._vllm_config.parallel_config.rank % world  # there is one pipeline stage
+        parallel = self._vllm_config.parallel_config
+        world = parallel.tensor_parallel_size
+        rank = parallel.rank % world  # there is one pipeline stage
         replicas = self._kv_cache_config.kv_tp_replicas
         names, pages = layer_pages(self._kv_cache_config, kv_caches)
         self._layers_call_back = support.layers_call_back(self._vllm_config, names)
@@ -245,6 +246,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             world // replicas,
             writes=rank % replicas == 0,
             streams=self._may_stream,
+            neighbours=parallel.local_world_size * max(1, parallel.data_parallel_size_local),
         )
         self._place = WorkerPlace(
             facts,

@@ -7,8 +7,6 @@ does not run yet is loaded apart from any step, with all its layers; `chunks_loa
 pages are written.
 """
 
-import mmap
-import os
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from objectcache.format import ObjectLayout
+from objectcache.slots import HostSlots
 from objectcache.staging import (
     ALIGN_BYTES,
     Bus,
@@ -32,7 +31,6 @@ from objectcache.staging import (
 
 T = TypeVar("T")
 
-PROGRESS_BYTES = 2  # of a slot: uint16
 STAGING_BYTES = 64 << 20  # GPU memory of each of three ways; half of it is 0.6 ms of PCIe
 LAYERS_AHEAD = 2  # layers whose copies are submitted before the one that is waited for
 
@@ -44,41 +42,6 @@ class Run:
     slot: int
     first_block: int
     block_ids: Sequence[int]
-
-
-class HostSlots:
-    """The memory of the ring: `slots` rows of `slot_bytes`, pinned if a GPU copies from it.
-
-    Behind them is `progress`, for each slot how many leading layers of what is read there may be used.
-    With `shared` another process can map it, by `descriptor`. Raises OSError if there is no such memory.
-    """
-
-    def __init__(self, slots: int, slot_bytes: int, pinned: bool, shared: bool = False) -> None:
-        self.descriptor: int | None = None
-        size, table = slots * slot_bytes, slots * PROGRESS_BYTES
-        if shared:
-            memory = self._shared(size + table, pinned)
-        else:
-            memory = torch.empty(size + table, dtype=torch.uint8, pin_memory=pinned)
-        self.tensor = memory[:size].view(slots, slot_bytes)
-        self.progress = memory[size:].view(torch.uint16).numpy()
-        self.progress[:] = 0
-        self._views = [memoryview(row) for row in self.tensor.numpy()]
-
-    def _shared(self, size: int, pinned: bool) -> torch.Tensor:
-        # Not in /dev/shm, which is small in many containers.
-        self.descriptor = os.memfd_create("objectcache-ring")
-        os.ftruncate(self.descriptor, size)
-        memory = torch.frombuffer(mmap.mmap(self.descriptor, size), dtype=torch.uint8)
-        if pinned:
-            code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
-            if int(code) != 0:
-                raise OSError(f"CUDA does not pin shared memory (error {int(code)})")
-        return memory
-
-    def view(self, slot: int) -> memoryview:
-        """The bytes of one slot, writable."""
-        return self._views[slot]
 
 
 class Bytes(Protocol):

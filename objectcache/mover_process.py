@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from queue import SimpleQueue
 
 from objectcache.errors import Unavailable
 from objectcache.mover import Arrived, Berth, Event, LocalMover, Mover, Placed
 from objectcache.report import log
+from objectcache.ring import progress_offset
 from objectcache.saver import SaveResult
 from objectcache.stores.base import StoreCounters
 from objectcache.streamer import StageResult
@@ -93,11 +94,12 @@ class MoverProcess(Mover):
         self._counted = StoreCounters()  # by processes that have ended
         self._pause_s = _FIRST_PAUSE_S
         self._again_at = 0.0
+        self._began_at = time.monotonic()
         self._child: _Child | None = _Child(berth, memory)
 
     def enter(self, name: str, digest: bytes) -> None:
-        self._namespace = (name, digest)
-        self._ask("enter", name, digest)
+        self._namespace = (name, digest)  # also for the one that is started next
+        self._order("enter", name, digest)
 
     def stage(self, job: int, chunk_hashes: Sequence[bytes], first: int = 0) -> None:
         self._owed.stages.add(job)
@@ -145,7 +147,9 @@ class MoverProcess(Mover):
 
     @property
     def counters(self) -> StoreCounters:
-        return _sum(self._counted, self._child.counters) if self._child else self._counted
+        if self._child is None:
+            return self._counted
+        return self._counted + self._child.counters
 
     @property
     def leased(self) -> int:
@@ -157,7 +161,7 @@ class MoverProcess(Mover):
             return
         child.close(drain_s)
         self._listen(child)
-        self._counted = _sum(self._counted, child.counters)
+        self._counted += child.counters
         self._again_at = float("inf")
 
     # ---- the process
@@ -173,13 +177,15 @@ class MoverProcess(Mover):
             self._child.order(name, arguments)
 
     def _bury(self, child: "_Child") -> None:
+        if time.monotonic() - self._began_at > _PAUSE_MAX_S:
+            self._pause_s = _FIRST_PAUSE_S  # it ran well for a while
         log.error(
             "objectcache: the process that moves the bytes has ended with code %s. Prompts are "
             "computed until there is another, in %.0f s at the soonest.",
             child.bury(),
             self._pause_s,
         )
-        self._counted = _sum(self._counted, child.counters)
+        self._counted += child.counters
         self._child = None
         self._again_at = time.monotonic() + self._pause_s
         self._pause_s = min(2 * self._pause_s, _PAUSE_MAX_S)
@@ -194,6 +200,7 @@ class MoverProcess(Mover):
             log.error("objectcache: no process could be started to move the bytes: %s", error)
             self._again_at = time.monotonic() + self._pause_s
             return
+        self._began_at = time.monotonic()
         if self._namespace is not None:
             self._child.order("enter", self._namespace)
 
@@ -332,7 +339,7 @@ class _Served:
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if berth.populate else 0)
         size = berth.layout.object_bytes
         ring = memoryview(mmap.mmap(memory, 0, flags))
-        progress = ring[berth.slots * size :].cast("H")
+        progress = ring[progress_offset(berth.slots, size) :].cast("H")
         self._mover = LocalMover(
             berth,
             lambda slot: ring[slot * size : (slot + 1) * size],
@@ -385,8 +392,3 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._say(record.levelno, self.format(record))
-
-
-def _sum(one: StoreCounters, other: StoreCounters) -> StoreCounters:
-    pairs = {f.name: getattr(one, f.name) + getattr(other, f.name) for f in fields(one)}
-    return StoreCounters(**pairs)

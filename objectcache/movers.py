@@ -1,13 +1,14 @@
 """Several movers as one: each brings its part of every prefix. Not what one does: see mover.py.
 
-Chunk n of a prefix is the business of mover n modulo their number, whoever asks, so that a chunk which
-several want is still read once. All get the commands in the same order and give places in the order
+Chunk n of a prefix is the business of mover n modulo their number, whichever stage asks, so that a chunk
+which several want is still read once. (A stream is the business of one of them, whatever others bring.)
+All get the commands in the same order and give places in the order
 of their jobs, so that two jobs never wait for each other in two movers.
 """
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 
 from objectcache.errors import ObjectCacheError
 from objectcache.mover import Arrived, Berth, Event, Mover, Placed
@@ -51,19 +52,18 @@ class _Stage:
 
 
 def split(berth: Berth, count: int) -> list[Berth]:
-    """Equal parts of the slots, for so many movers; fewer if there are too few slots for that."""
-    loads = berth.load_slots
-    count = max(1, min(count, len(loads) // 2))
+    """Equal parts of the slots and of the connections, for so many movers; fewer if there are too few."""
+    loads, connections = berth.load_slots, berth.options.max_connections
+    count = max(1, min(count, len(loads) // 2, connections))
     share = len(loads) // count
+    options = replace(berth.options, max_connections=connections // count)
+    apart = max(1, berth.apart // count) if berth.apart else 0
     return [
-        Berth(
-            berth.options,
-            berth.layout,
-            berth.slots,
-            range(loads.start + n * share, loads.start + (n + 1) * share),
-            max(1, berth.apart // count) if berth.apart else 0,
-            berth.populate,
-            berth.threads,
+        replace(
+            berth,
+            options=options,
+            load_slots=range(loads.start + n * share, loads.start + (n + 1) * share),
+            apart=apart,
         )
         for n in range(count)
     ]
@@ -121,12 +121,7 @@ class Movers(Mover):
 
     @property
     def counters(self) -> StoreCounters:
-        total = StoreCounters()
-        for mover in self._movers:
-            counters = mover.counters
-            for one in fields(total):
-                setattr(total, one.name, getattr(total, one.name) + getattr(counters, one.name))
-        return total
+        return sum((mover.counters for mover in self._movers), StoreCounters())
 
     @property
     def leased(self) -> int:

@@ -1,4 +1,4 @@
-"""Who holds which slot of host memory: a ledger that must return to zero. Not the memory itself: see device.py; not what lies in it: see shelf.py.
+"""Who holds which slot of host memory: a ledger that must return to zero. Not the memory itself: see slots.py; not what lies in it: see shelf.py.
 
 A slot holds one object. Loads and saves have shares of their own, each with its ledger, so that neither
 can starve the other. Safe to use from several threads.
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from objectcache.errors import Misconfigured
 
+PROGRESS_BYTES = 2  # of a slot
 SAVE_SHARE = (
     4  # one slot in four is for saves: a lost save is only a later miss, a load is waited for
 )
@@ -20,6 +21,11 @@ def shares(slots: int) -> tuple[range, range]:
         raise Misconfigured("the ring has no room for two objects.", "raise ring_bytes.")
     loads = slots - max(1, slots // SAVE_SHARE)
     return range(loads), range(loads, slots)
+
+
+def progress_offset(slots: int, slot_bytes: int) -> int:
+    """Where, behind the slots, the table of their progress begins: a uint16 for each."""
+    return -(-slots * slot_bytes // PROGRESS_BYTES) * PROGRESS_BYTES
 
 
 class Ring:

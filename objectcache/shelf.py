@@ -1,4 +1,4 @@
-"""Which chunks lie in host memory or are on their way there, and who wants them. Not the memory: see device.py; not the reading: see streamer.py.
+"""Which chunks lie in host memory or are on their way there, and who wants them. Not the memory: see slots.py; not the reading: see streamer.py.
 
 A chunk that several jobs want has one place and is read once. A place is held by its jobs, and by
 its reader as long as that may write to it; when nobody holds it, its slot is free again. What lies

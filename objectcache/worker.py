@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from objectcache.config import Options
-from objectcache.device import Copies, HostSlots, Run, open_copies
+from objectcache.device import Copies, Run, open_copies
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError
 from objectcache.format import ObjectLayout
 from objectcache.late import Coming as LateLoad
@@ -36,12 +36,13 @@ from objectcache.parked import Parked, split
 from objectcache.report import Reporter, log
 from objectcache.ring import Ring, shares
 from objectcache.saver import SaveResult
+from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
 
 # Of 16 cores, plain http, 224 chunks of 32 MiB: one process with 8 threads brought 8.7 GB/s, two 13.5;
 # with 4 threads one brought 6.7, two 10.7, four 16.0.
-CORES = os.cpu_count() or 1
-PROCESSES = min(4, max(1, CORES // 4))
+CORES = len(os.sched_getaffinity(0))
+PROCESSES_MAX = 4
 THREADS = min(4, max(1, CORES // 2))  # of each, that receive bodies
 STREAM_SHARE = 8  # one load slot in eight is for streams, one at least
 
@@ -52,6 +53,7 @@ class WorkerHalf:
     `shard` of `shards` is the part of each chunk that this rank reads; `writes` is whether it also
     writes it (of ranks with equal KV only one does). `streams` is whether vLLM computes what an
     asynchronous load did not bring: only then such loads are made, and part of the ring is theirs.
+    `neighbours` is how many workers share this host, itself included.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class WorkerHalf:
         shards: int,
         writes: bool,
         streams: bool = False,
+        neighbours: int = 1,
     ) -> None:
         self._options = options
         self._layers = {name: at for at, name in enumerate(layer_names)}
@@ -102,7 +105,7 @@ class WorkerHalf:
             apart,
             populate=self._pages[0].is_cuda,
         )
-        self._slots, self._mover, self._stage_chunks = _open_mover(berth)
+        self._slots, self._mover, self._stage_chunks = _open_mover(berth, neighbours)
         self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
         self._parked = Parked(self._copies, self._mover, chunk_blocks)
         self._failed_blocks: set[int] = set()
@@ -245,6 +248,7 @@ class WorkerHalf:
         for _, _, slot in self._saving.values():
             self._save_ring.release([slot])
         self._saving.clear()
+        self._slots.close()
 
     # ---- commands
 
@@ -359,26 +363,42 @@ _SAVE_COUNTER = {
 }
 
 
-def _open_mover(berth: Berth) -> tuple[HostSlots, Mover, int]:
+def processes_for(neighbours: int, cores: int = CORES) -> int:
+    """One for each four cores that are a worker's own, where so many workers share a host."""
+    return min(PROCESSES_MAX, max(1, cores // 4 // max(1, neighbours)))
+
+
+def _open_mover(berth: Berth, neighbours: int) -> tuple[HostSlots, Mover, int]:
     """The memory of the ring, what moves bytes to and from it, and most chunks that a job can stage."""
-    options, pinned, slots = berth.options, berth.populate, berth.slots
+    options, pinned = berth.options, berth.populate
     in_memory = options.url.startswith("memory:")
     if options.mover == "process" or (options.mover == "auto" and pinned and not in_memory):
         try:
-            shared = HostSlots(slots, berth.layout.object_bytes, pinned, shared=True)
-            assert shared.descriptor is not None
-            berth = replace(berth, threads=THREADS)
-            parts = split_berth(berth, options.processes or PROCESSES)
-            each = [MoverProcess(part, shared.descriptor) for part in parts]
-            return shared, each[0] if len(each) == 1 else Movers(each), most_chunks(parts)
+            return _open_processes(berth, options.processes or processes_for(neighbours))
         except OSError as error:
             log.warning(
                 "objectcache moves bytes in a thread of the engine, since a process for it cannot "
                 "be had: %s",
                 error,
             )
-    own = HostSlots(slots, berth.layout.object_bytes, pinned)
+    own = HostSlots(berth.slots, berth.layout.object_bytes, pinned)
     return own, LocalMover(berth, own.view, own.progress), most_chunks([berth])
+
+
+def _open_processes(berth: Berth, count: int) -> tuple[HostSlots, Mover, int]:
+    slots = HostSlots(berth.slots, berth.layout.object_bytes, berth.populate, shared=True)
+    assert slots.descriptor is not None
+    parts = split_berth(replace(berth, threads=THREADS), count)
+    each: list[MoverProcess] = []
+    try:
+        for part in parts:
+            each.append(MoverProcess(part, slots.descriptor))
+    except OSError:
+        for mover in each:
+            mover.close(0.0)
+        slots.close()
+        raise
+    return slots, each[0] if len(each) == 1 else Movers(each), most_chunks(parts)
 
 
 def _slots_of(options: Options, object_bytes: int) -> int:

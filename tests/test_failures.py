@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from fakes import eventually
 from fault_server import Fault, FaultProxy, Request, cut
+from sick_server_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    model_fixture,
+    proxy_fixture,
+)
 from toy_engine import ToyEngine, prompt
 
-from benchmarks.servers import seaweedfs
-from benchmarks.tiny_model import write_model
 from objectcache.streamer import StageResult
 
 CHUNK = 64
@@ -76,24 +78,6 @@ def warnings() -> Iterator[Warnings]:
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
-    before = dict(os.environ)
-    with (
-        seaweedfs(tmp_path_factory.mktemp("s3"), "kvcache") as server,
-        FaultProxy(server.endpoint_url) as proxy,
-    ):
-        os.environ.update(server.env)  # the engine runs in this process
-        yield proxy
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture

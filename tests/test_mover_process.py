@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from fakes import LAYOUT, chunk_hash, eventually, sealed
+from hypothesis import given
+from hypothesis import strategies as st
 from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     BLOCKS,
     LOAD_SLOTS,
@@ -26,13 +28,15 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 )
 
 from objectcache.config import parse
-from objectcache.device import HostSlots
 from objectcache.errors import Unavailable
 from objectcache.messages import LoadCommand, Saved, StageCommand, Staged, StepCommands, Streamed
 from objectcache.mover import Berth, Placed
 from objectcache.mover_process import MoverProcess
+from objectcache.movers import most_chunks, split
 from objectcache.saver import SaveResult
+from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
+from objectcache.worker import processes_for
 
 
 def processes() -> set[int]:
@@ -344,3 +348,38 @@ def test_several_and_releases_at_any_time(workers: Workers, url: str, round_: in
         worker.half.receive(StepCommands(worker.namespace, releases=[job]))
     assert worker.quiet() and worker.forgot_all()
     assert worker.reports.staged == [] and worker.half._mover._stages == {}
+
+
+@given(st.integers(2, 400), st.integers(1, 16), st.integers(1, 4096), st.integers(0, 3))
+def test_parts_share_slots_and_connections_and_nothing_twice(
+    loads: int, count: int, connections: int, apart: int
+) -> None:
+    options = parse({"url": "memory://x", "max_connections": connections})
+    whole = Berth(options, LAYOUT, loads + 3, range(loads), min(apart, loads - 1))
+    parts = split(whole, count)
+    slots = [slot for part in parts for slot in part.load_slots]
+    assert len(set(slots)) == len(slots) <= loads and set(slots) <= set(range(loads))
+    assert sum(part.options.max_connections for part in parts) <= connections
+    assert all(part.apart < len(part.load_slots) for part in parts)
+    assert (apart > 0) == all(part.apart for part in parts)
+    assert 1 <= most_chunks(parts) <= loads
+
+
+def test_workers_of_one_host_share_its_cores() -> None:
+    assert [processes_for(1, cores) for cores in (1, 2, 4, 8, 16, 64)] == [1, 1, 1, 2, 4, 4]
+    assert [processes_for(8, cores) for cores in (8, 64, 128, 192)] == [1, 2, 4, 4]
+
+
+def test_nothing_but_the_memory_itself_is_left_open(workers: Workers, url: str) -> None:
+    def open_files() -> list[str]:
+        links = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        return sorted(str(link) for link in links)
+
+    before = open_files()
+    worker = beside(workers, url, processes=2)
+    worker.step(stages=[stage(1, 1)])
+    worker.staged(1)
+    worker.step(releases=[1])
+    worker.half.shutdown()
+    left = [name for name in open_files() if name not in before]
+    assert len(left) == 1 and "objectcache-ring" in left[0]  # Python's mapping holds a copy

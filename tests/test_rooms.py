@@ -58,8 +58,9 @@ MAP: dict[str, str] = {
     "stores.connections": "asyncio network",
     "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
+    "slots": "torch files",
     "staging": "torch",
-    "device": "torch files",
+    "device": "torch",
     "pages": "torch vllm-late",
     "late": "clock",
     # work on a loop

@@ -4,7 +4,6 @@ The prefix comes slowly from a real server; the toy engine raises on any wrong r
 is tested in test_moment.py, test_arrival.py and test_compute.py.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from fault_server import Fault, FaultProxy, Request, cut
+from sick_server_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    model_fixture,
+    proxy_fixture,
+)
 from toy_engine import ToyEngine, prompt
 from vllm.v1.request import RequestStatus
 
-from benchmarks.servers import seaweedfs
-from benchmarks.tiny_model import write_model
 from objectcache.compute import ComputeModel, Costs, Work
 from objectcache.errors import Misconfigured
 from objectcache.flow import StoreModel
@@ -27,24 +28,6 @@ CHUNK, LAYERS = 64, 24
 PROMPT = prompt(400)  # 6 chunks, each 104 KiB with its header
 SLOW = Fault(bytes_per_s=300_000)  # a chunk in 0.35 s
 Engines = Callable[..., ToyEngine]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
-    before = dict(os.environ)
-    with (
-        seaweedfs(tmp_path_factory.mktemp("s3"), "kvcache") as server,
-        FaultProxy(server.endpoint_url) as proxy,
-    ):
-        os.environ.update(server.env)  # the engine runs in this process
-        yield proxy
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ class ToyEngine:
         config.cache_config.kv_cache_layout = "LBHNC"
         self.block_tokens, self.layers = block_tokens, layers
         self.hooks_fire = hooks_fire
+        self.failure_policy = failure_policy
         self.seed = seed  # "weights": another seed gives other KV and other tokens
         self.scheduler = Scheduler(
             vllm_config=config,
@@ -293,9 +294,10 @@ class _Worker:
             output.finished_req_ids
         )
         result.invalid_block_ids = connector.get_block_ids_with_load_errors()
-        # A request with one bad block fails as a whole, so that nobody sees what came of it.
+        # With that policy a request with one bad block ends in this step: nobody sees what came of it.
+        fails = self.engine.failure_policy == "fail"
         for bad, where in self.wrong:
-            if not bad & result.invalid_block_ids:
+            if not (fails and bad & result.invalid_block_ids):
                 raise WrongKV(where)
         self.wrong.clear()
         result.kv_connector_stats = connector.get_kv_connector_stats()
