@@ -26,6 +26,8 @@ from objectcache import keys
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
 from objectcache.messages import LoadCommand, Saved, Staged, StepCommands
+from objectcache.mover import Event, Mover
+from objectcache.movers import Movers
 from objectcache.streamer import StageResult
 from objectcache.worker import WorkerHalf
 
@@ -225,6 +227,48 @@ def test_a_ring_that_holds_less_than_two_chunks_is_refused() -> None:
     with pytest.raises(Misconfigured) as refused:
         WorkerHalf(options, ["a"], pages, 4, 0, 1, True)
     assert str(2 * 804_096) in refused.value.hint
+
+
+# ---- loads that begin before all of it is there
+
+
+class Holds(Movers):
+    """One mover, whose reports on stages are kept back while `quiet` is set."""
+
+    def __init__(self, mover: Mover) -> None:
+        super().__init__([mover])
+        self.quiet = True
+        self._kept: list[Event] = []
+
+    def take(self) -> list[Event]:
+        kept, self._kept = self._kept, []
+        events = kept + super().take()
+        if self.quiet:
+            self._kept = [event for event in events if isinstance(event, StageResult)]
+        return [event for event in events if event not in self._kept]
+
+
+def test_slots_of_an_early_load_go_back_after_its_copies_and_its_reads(
+    workers: Workers, url: str
+) -> None:
+    writer = filled(workers, url, 2)
+    reader = workers(url)
+    held = reader.half._mover = Holds(reader.half._mover)
+    reader.step(stages=[stage(1, 1, 2)])
+    layers = 2 * len(LAYERS)
+
+    def there() -> bool:
+        reader.step(step=1)
+        return any(coming.layers == layers for coming in reader.reports.coming)
+
+    assert eventually(there)
+    reader.step(loads=[LoadCommand(1, 0, [4, 5, 6, 7], coming=True)])
+    assert same(reader.blocks([4, 5, 6, 7]), writer.blocks([0, 1, 2, 3]))
+    reader.step()
+    assert reader.half.leased_slots == 2, "a read may write there still"
+    held.quiet = False
+    reader.step()
+    assert reader.quiet() and not reader.failed_blocks
 
 
 # ---- releases, at any time
