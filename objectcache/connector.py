@@ -34,6 +34,7 @@ from objectcache.worker import WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -65,6 +66,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
+        self._block_pool: BlockPool | None = None
         self._layers_call_back = False
         lora = vllm_config.lora_config
         self._loras = LoraDigests(str(lora.lora_dtype) if lora is not None else "auto")
@@ -140,9 +142,19 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             local_prefixes=bool(cache.enable_prefix_caching),
             stage_chunks=min(p.stage_chunks for p in places) if self._may_stream else None,
             timely=self._timely(places) if self._options.admission == "just-in-time" else None,
+            evict=self._evict,
         )
         self._places = places
         self._scheduler.check()
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        self._block_pool = gpu_block_pool
+
+    def _evict(self, block_ids: set[int]) -> None:
+        """Whoever comes now computes these pages anew; requests that use them keep them."""
+        if block_ids:
+            assert self._block_pool is not None, "vLLM has not shown its blocks"
+            self._block_pool.evict_blocks(block_ids)
 
     def _name_engine(self, places: list[WorkerPlace], reset: str | None) -> Namespace:
         if any(place.facts != places[0].facts for place in places):

@@ -87,6 +87,14 @@ class Coming:
 
 
 @dataclass(frozen=True)
+class Landed:
+    """A load that began before all of its bytes were there has ended; `lost` if they did not come."""
+
+    job: int
+    lost: bool
+
+
+@dataclass(frozen=True)
 class Streamed:
     """`chunks` leading chunks of the stream are in their pages; `error` is why not more, or ""."""
 
@@ -111,6 +119,7 @@ class StepReport(KVConnectorWorkerMetadata):
     saved: list[Saved] = field(default_factory=list)
     streamed: list[Streamed] = field(default_factory=list)
     coming: list[Coming] = field(default_factory=list)
+    landed: list[Landed] = field(default_factory=list)
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
@@ -120,6 +129,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.saved + other.saved,
             self.streamed + other.streamed,
             self.coming + other.coming,
+            self.landed + other.landed,
             self.steps + other.steps,
         )
 

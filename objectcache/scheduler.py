@@ -5,7 +5,7 @@ polled. What to answer about one request is decided in admission.py; here its ev
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
 from objectcache.report import Reporter, log
 from objectcache.stores import open_store
 from objectcache.timely import Timely
+from objectcache.unsure import Unsure
 
 CHECK_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
@@ -45,6 +46,7 @@ class Tracked:
     may_load: bool = True
     admission: Admission | None = None
     admitted: bool = False
+    turn: int = 0  # of the last admission
     local_tokens: int = 0  # what vLLM had itself when it asked last
     job: int | None = None
     job_hashes: list[bytes] = field(default_factory=list)
@@ -76,7 +78,8 @@ class SchedulerHalf:
 
     `local_prefixes` is whether vLLM itself caches prefixes: then a request may wait for another
     that is bringing the same chunks, and find them there. A prefix of more than `stage_chunks` chunks is
-    streamed; None if vLLM would not compute what a stream fails to bring.
+    streamed; None if vLLM would not compute what a stream fails to bring. With `timely` requests may be
+    admitted before their prefix is there; `evict` takes pages out of vLLM's own prefix cache.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class SchedulerHalf:
         local_prefixes: bool,
         stage_chunks: int | None = None,
         timely: Timely | None = None,
+        evict: Callable[[set[int]], None] = lambda block_ids: None,
     ) -> None:
         self._options = options
         self._namespace = namespace
@@ -102,6 +106,7 @@ class SchedulerHalf:
         self._local_prefixes = local_prefixes
         self._stage_chunks = stage_chunks
         self._timely = timely
+        self._unsure, self._turn, self._evict = Unsure(ranks), 0, evict
         self._step = 0
         self._requests: dict[str, Tracked] = {}
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
@@ -186,7 +191,8 @@ class SchedulerHalf:
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
-        tracked.admitted = True
+        self._turn += 1
+        tracked.admitted, tracked.turn = True, self._turn
         if tracked.admission is None:
             return
         load, unused = tracked.admission.allocated(tokens, tracked.local_tokens)
@@ -202,6 +208,7 @@ class SchedulerHalf:
             self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids, coming))
             if coming:
                 self._counters.add("timely_prompts")
+                self._unsure.began(tracked.job, first, ids, self._turn)
             self._counters.add("hit_tokens", tokens)
             self._forget_job(tracked)
 
@@ -222,11 +229,12 @@ class SchedulerHalf:
         commands.namespace = (self._namespace.name, self._namespace.digest)
         if self._timely is not None:
             self._count_step(self._timely, commands, scheduled)
+        misled = self._on_unsure(scheduled, block_ids) if self._unsure else set()
         if self._saves:
             now = time.monotonic()
             for request_id, tokens in scheduled.items():
                 tracked = self._requests.get(request_id)
-                if tracked is not None:
+                if tracked is not None and request_id not in misled:
                     commands.saves += self._saves_of(tracked, tokens, block_ids, now)
         return commands
 
@@ -238,6 +246,8 @@ class SchedulerHalf:
                 self._timely.stepped(step, waited, now)
             for coming in report.coming:
                 self._timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
+        for landed in report.landed:
+            self._evict(self._unsure.ended(landed.job, landed.lost))
         for staged in report.staged:
             if staged.job not in self._jobs:
                 continue  # released meanwhile
@@ -364,6 +374,16 @@ class SchedulerHalf:
         }
         if len(contexts) == len(scheduled):  # else there is work of which nothing is known
             timely.scheduled(self._step, contexts, time.monotonic())
+
+    def _on_unsure(self, scheduled: Mapping[str, int], block_ids: Any) -> set[str]:
+        """Requests that compute in this step on bytes which may still fail to come."""
+        found = set()
+        for request_id in scheduled:
+            tracked = self._requests.get(request_id)
+            may = tracked is None or self._unsure.concerns(tracked.turn)
+            if may and self._unsure.computes(block_ids(request_id)):
+                found.add(request_id)
+        return found
 
     # ---- stages and streams
 

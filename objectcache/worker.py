@@ -19,6 +19,7 @@ from objectcache.late import Coming as LateLoad
 from objectcache.late import Late
 from objectcache.messages import (
     Coming,
+    Landed,
     LoadCommand,
     SaveCommand,
     Saved,
@@ -304,9 +305,10 @@ class WorkerHalf:
                 self._mover.release(job)
         self._hand_over_saves()
         self._hear()
-        for job in self._late.over():
-            self._loading.discard(job)
-            self._mover.release(job)
+        for load in self._late.over():
+            self._loading.discard(load.job)
+            self._mover.release(load.job)
+            self._reports.landed.append(Landed(load.job, load.lost))
 
     def _hand_over_saves(self) -> None:
         for number in self._copies.saved():

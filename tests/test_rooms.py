@@ -33,6 +33,7 @@ MAP: dict[str, str] = {
     "worth": "",
     "sharing": "",
     "timely": "",
+    "unsure": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -88,7 +89,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing", "timely"),
+    *("compute", "arrival", "moment", "worth", "sharing", "timely", "unsure"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {

@@ -3,6 +3,7 @@
 The toy model's KV is a function of the layer and of all tokens up to a position. It writes and
 "reads" pages in vLLM's order (new KV first, then `wait_for_layer_load`, then attention), and raises
 if any row that attention would read is not exactly right: a wrong, late or missing load cannot hide.
+What a request computes on wrong rows is wrong in all later layers, on all ranks.
 Nothing here knows how the connector works.
 """
 
@@ -107,6 +108,7 @@ class ToyEngine:
         self.stats: dict[str, int] = {}  # of the workers
         self.totals: dict[str, int] = {}  # as on /metrics: of both halves
         self.steps = 0
+        self.misled: set[str] = set()  # requests that read wrong rows in this step
 
     # ---- what a user does
 
@@ -147,6 +149,7 @@ class ToyEngine:
         if not self.scheduler.has_requests():
             return False
         self.steps += 1
+        self.misled.clear()
         output = self.scheduler.schedule()
         for new in output.scheduled_new_reqs:
             self.cached[new.req_id] = new.num_computed_tokens
@@ -186,10 +189,20 @@ class ToyEngine:
 
     def _execute(self, output: Any) -> None:
         reports = [worker.run(output) for worker in self.workers]
+        self._see_what_was_wrong(reports)
         outputs = self.scheduler.update_from_output(output, self._sampled(output, reports))
         for client in outputs.values():
             if client.scheduler_stats is not None:
                 _add(self.totals, client.scheduler_stats.kv_connector_stats)
+
+    def _see_what_was_wrong(self, reports: list[KVConnectorOutput | None]) -> None:
+        """Raise, unless the request has a block that some rank names: with policy "fail" it ends in this step."""
+        named = set().union(*(report.invalid_block_ids for report in reports if report is not None))
+        for worker in self.workers:
+            for blocks, where in worker.wrong:
+                if self.failure_policy != "fail" or not named & blocks:
+                    raise WrongKV(where)
+            worker.wrong.clear()
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -253,7 +266,7 @@ class _Worker:
             for kv in self.kv.values()
         ]
         self.connector, self.place = None, None
-        self.wrong: list[tuple[set[int], str]] = []  # blocks that were not right in this step
+        self.wrong: list[tuple[set[int], str]] = []  # blocks of who read wrong rows in this step
         if config.kv_transfer_config is not None:
             self.connector = KVConnectorFactory.create_connector(
                 config, KVConnectorRole.WORKER, cache
@@ -294,12 +307,6 @@ class _Worker:
             output.finished_req_ids
         )
         result.invalid_block_ids = connector.get_block_ids_with_load_errors()
-        # With that policy a request with one bad block ends in this step: nobody sees what came of it.
-        fails = self.engine.failure_policy == "fail"
-        for bad, where in self.wrong:
-            if not (fails and bad & result.invalid_block_ids):
-                raise WrongKV(where)
-        self.wrong.clear()
         result.kv_connector_stats = connector.get_kv_connector_stats()
         result.kv_connector_worker_meta = pickle.loads(
             pickle.dumps(connector.build_connector_worker_meta())
@@ -318,19 +325,21 @@ class _Worker:
             batch.append((name, blocks, end - count, end, rows))
         for layer, layer_name in enumerate(self.kv):
             page = self.pages[layer]
-            for _, blocks, start, end, rows in batch:
+            for name, blocks, start, end, rows in batch:
                 at = torch.arange(start, end)
                 where = torch.tensor(blocks)[at // self.engine.block_tokens]
-                page[where, at % self.engine.block_tokens] = rows[layer][start:end]
+                computed = rows[layer][start:end]
+                computed = ~computed if name in self.engine.misled else computed
+                page[where, at % self.engine.block_tokens] = computed
             wait_for_layer(layer_name)
             for name, blocks, _, end, rows in batch:
                 table = torch.tensor(blocks)
                 seen = page[table].reshape(-1, ROW_BYTES)[:end]
                 if not torch.equal(seen, rows[layer][:end]):
                     wrong = (seen != rows[layer][:end]).any(dim=1).nonzero().flatten().tolist()
-                    bad = {blocks[at // self.engine.block_tokens] for at in wrong}
+                    self.engine.misled.add(name)
                     where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
-                    self.wrong.append((bad, where))
+                    self.wrong.append((set(blocks), where))
 
     def _rows_of(self, request: Request, end: int) -> list[torch.Tensor]:
         """Layer by layer the right KV of the first `end` tokens: uint8 [end, ROW_BYTES]."""
