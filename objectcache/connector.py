@@ -259,6 +259,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             writes=rank % replicas == 0,
             streams=self._may_stream,
             neighbours=parallel.local_world_size * max(1, parallel.data_parallel_size_local),
+            # A step in several parts calls a layer's hook for each of them.
+            whole_layers=not parallel.use_ubatching,
         )
         self._place = WorkerPlace(
             facts,
@@ -295,7 +297,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        pass  # chunks are copied out whole, after the forward pass
+        if self._worker is not None:
+            self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:

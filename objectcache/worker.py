@@ -54,7 +54,8 @@ class WorkerHalf:
     `shard` of `shards` is the part of each chunk that this rank reads; `writes` is whether it also
     writes it (of ranks with equal KV only one does). `streams` is whether vLLM computes what an
     asynchronous load did not bring: only then such loads are made, and part of the ring is theirs.
-    `neighbours` is how many workers share this host, itself included.
+    `neighbours` is how many workers share this host, itself included. `whole_layers` is whether a layer's
+    hook is called once a step, when all of the step's tokens of that layer are computed.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class WorkerHalf:
         writes: bool,
         streams: bool = False,
         neighbours: int = 1,
+        whole_layers: bool = True,
     ) -> None:
         self._options = options
+        self._whole_layers = whole_layers
         self._layers = {name: at for at, name in enumerate(layer_names)}
         self._pages = list(pages)
         self._writes = writes
@@ -139,6 +142,10 @@ class WorkerHalf:
             self._parked.begin(stream)
         for job in commands.stops:
             self._parked.stop(job)
+        saves, commands.saves = commands.saves, []
+        if saves and self._writes:
+            self._collect()  # slots may be free again
+            self._begin_saves(saves)
 
     def start_loads(self, hooks_fire: bool) -> None:
         """Submit the step's loads. If the layers will not call back, everything is waited for here."""
@@ -157,13 +164,17 @@ class WorkerHalf:
         if layer is not None:  # a layer that shares another's KV has no pages of its own
             self._copies.wait_layer(layer)
 
+    def layer_computed(self, layer_name: str) -> None:
+        """Copy out what the step's saves have of a layer, so that the bus is not waited for at the end."""
+        if self._whole_layers and self._copies.saving:
+            layer = self._layers.get(layer_name)
+            if layer is not None:
+                self._copies.save_layer(layer)
+
     def end_forward(self) -> None:
-        """After the forward pass: finish the loads, start the step's saves, copy what streams."""
+        """After the forward pass: finish the loads and the saves, copy what streams."""
         self._copies.end_step()
-        self._collect()
-        saves, self._commands.saves = self._commands.saves, []
-        for save in saves:
-            self._save(save)
+        self._copies.end_saves()
         self._parked.carry()
         self._collect()
 
@@ -281,17 +292,18 @@ class WorkerHalf:
         self._loading.add(load.job)
         return [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
 
-    def _save(self, save: SaveCommand) -> None:
-        if not self._writes:
-            return
-        leased = self._save_ring.lease(1)
-        if leased is None:
-            self._reports.saved.append(Saved(save.chunk_hash, "dropped"))
-            return
-        (slot,) = leased
-        number, self._next_save = self._next_save, self._next_save + 1
-        self._saving[number] = (self._namespace[0], save.chunk_hash, slot)
-        self._copies.submit_save(number, Run(slot, 0, save.block_ids))
+    def _begin_saves(self, saves: Sequence[SaveCommand]) -> None:
+        runs = []
+        for save in saves:
+            leased = self._save_ring.lease(1)
+            if leased is None:
+                self._reports.saved.append(Saved(save.chunk_hash, "dropped"))
+                continue
+            (slot,) = leased
+            number, self._next_save = self._next_save, self._next_save + 1
+            self._saving[number] = (self._namespace[0], save.chunk_hash, slot)
+            runs.append((number, Run(slot, 0, save.block_ids)))
+        self._copies.begin_saves(runs)
 
     # ---- what came back
 

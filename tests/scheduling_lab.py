@@ -72,7 +72,8 @@ def break_object(kind: str, path: Path, objs: list[Path]) -> None:
     elif kind == "flipped in the header":
         body[100] ^= 1
     elif kind == "foreign":
-        body = bytearray(next(o for o in objs if o != path).read_bytes())
+        others = [other for other in objs if other != path]
+        body = bytearray(others[0].read_bytes() if others else b"another")
     elif kind == "zeros":
         body = bytearray(len(body))
     path.chmod(0o644)

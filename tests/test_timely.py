@@ -39,8 +39,8 @@ def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
         extra = {
             **{"url": "s3://kvcache/warm", "endpoint_url": proxy.url, "chunk_tokens": CHUNK},
             # The library path tells of layers as they come, however small they are.
-            **{"ring_bytes": "8MiB", "transport": "aiobotocore", "read_timeout_ms": 500},
-            **{"admission": "just-in-time", "late_timeout_ms": 1500, "attempts": 1},
+            **{"ring_bytes": "8MiB", "transport": "aiobotocore", "read_timeout_ms": 1500},
+            **{"admission": "just-in-time", "late_timeout_ms": 5000, "attempts": 1},
         }
         options = {name: more.pop(name) for name in ("ranks", "hooks_fire") if name in more}
         made.append(

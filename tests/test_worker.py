@@ -11,6 +11,7 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     LAYERS,
     LOAD_SLOTS,
     SPACES,
+    Worker,
     Workers,
     filled,
     folder_fixture,
@@ -227,6 +228,38 @@ def test_a_ring_that_holds_less_than_two_chunks_is_refused() -> None:
     with pytest.raises(Misconfigured) as refused:
         WorkerHalf(options, ["a"], pages, 4, 0, 1, True)
     assert str(2 * 804_096) in refused.value.hint
+
+
+# ---- saves, layer by layer
+
+
+class Computing(Worker):
+    """Each layer's pages hold the layer's number when its hook is called, and something else after the
+    hooks of all."""
+
+    def compute(self, layer: int) -> None:
+        self.pages[layer][:] = layer + 1
+        if layer == len(LAYERS) - 1:
+            for earlier in range(layer):
+                self.pages[earlier][:] = 100
+
+
+@pytest.mark.parametrize("whole_layers", [True, False])
+def test_a_layer_is_saved_when_it_is_computed_if_its_hook_says_that_it_is(
+    folder: str, tmp_path: Path, whole_layers: bool
+) -> None:
+    writer = Computing(folder, whole_layers=whole_layers)
+    writer.step(saves=[save(1, [3, 5])])
+    assert writer.saved(1) == [Saved(chunk_hash(1), "written")]
+    writer.half.shutdown()
+    reader = Worker(folder)
+    reader.step(stages=[stage(1, 1)])
+    reader.staged(1)
+    reader.step(loads=[LoadCommand(1, 0, [0, 1])])
+    values = [int(page[0, 0]) for page in reader.pages]
+    assert values == ([1, 2, 3] if whole_layers else [100, 100, 3])
+    assert all((page[:2] == page[0, 0]).all() for page in reader.pages)
+    reader.half.shutdown()
 
 
 # ---- loads that begin before all of it is there

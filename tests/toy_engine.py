@@ -282,7 +282,7 @@ class _Worker:
     def run(self, output: Any) -> KVConnectorOutput | None:
         """A step in the order of vLLM's V1 runner."""
         if self.connector is None:
-            self._forward(output, lambda name: None)
+            self._forward(output, lambda name: None, lambda name: None)
             return None
         connector = self.connector
         meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
@@ -298,7 +298,13 @@ class _Worker:
         )
         if output.has_sync_kv_loads:
             connector.start_load_kv(forward_context)
-        self._forward(output, connector.wait_for_layer_load if fires else lambda name: None)
+        self._forward(
+            output,
+            connector.wait_for_layer_load if fires else lambda name: None,
+            (lambda name: connector.save_kv_layer(name, None, None))
+            if fires
+            else lambda name: None,
+        )
         if not output.has_sync_kv_loads:
             connector.start_load_kv(forward_context)
         connector.wait_for_save()
@@ -314,7 +320,7 @@ class _Worker:
         connector.clear_connector_metadata()
         return result
 
-    def _forward(self, output: Any, wait_for_layer: Any) -> None:
+    def _forward(self, output: Any, wait_for_layer: Any, save_layer: Any) -> None:
         batch = []
         for name, count in output.num_scheduled_tokens.items():
             request = self.engine.scheduler.requests[name]
@@ -340,6 +346,7 @@ class _Worker:
                     self.engine.misled.add(name)
                     where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
                     self.wrong.append((set(blocks), where))
+            save_layer(layer_name)
 
     def _rows_of(self, request: Request, end: int) -> list[torch.Tensor]:
         """Layer by layer the right KV of the first `end` tokens: uint8 [end, ROW_BYTES]."""
