@@ -109,7 +109,7 @@ class Engine:
             choice = worth.choose(hit, self._meets(), self._compute, trial=True)
         else:
             return 0
-        request.choice, request.found_s = choice, now
+        request.choice = choice
         return choice.best.chunks
 
     def _store(self) -> StoreModel:
@@ -226,7 +226,8 @@ class Engine:
         whole = self._compute.seconds(prefill(request.prompt_tokens, 0, tokens))
         if worth.still_worth(admit_s, rest, whole, self._gpu_busy_s()):
             return False
-        self._use.loaded(self._line.now, choice, self._line.now + admit_s - request.found_s)
+        since_s = min(fetch.sent_s, self._line.now)
+        self._use.loaded(self._line.now, choice, self._line.now + admit_s - since_s)
         request.fetch, request.choice = None, None
         request.context, request.left = 0, request.prompt_tokens
         fetch.unsent.clear()
@@ -322,6 +323,7 @@ class Engine:
         now = self._line.now
         if group is None:
             group = fetch.unsent.pop()
+            fetch.sent_s = min(fetch.sent_s, now)
             fetch.in_flight += 1
             self._bodies += 1
             self._flow.began(now)
@@ -435,7 +437,8 @@ class Engine:
     def _judge(self, request: Request) -> None:
         """Whether its load kept what was expected, now that all of it is there."""
         if request.choice is not None:
-            self._use.loaded(self._line.now, request.choice, self._line.now - request.found_s)
+            took_s = self._line.now - request.fetch.sent_s if request.fetch else 0.0
+            self._use.loaded(self._line.now, request.choice, took_s)
 
     def _may_admit(self, request: Request, next_ask_s: float) -> bool:
         if not request.decided or request.blocks > self._free_blocks:

@@ -53,7 +53,6 @@ class Request:
     context: int = 0
     decoded: int = 0
     decided: bool = False
-    found_s: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -72,6 +71,7 @@ class Fetch:
         self.in_flight = 0
         self.bodies: dict[int, tuple[float, int]] = {}  # under way: service from which, bytes
         self.done_bytes = 0
+        self.sent_s = math.inf  # its first request
         self.started = self.admitted = self.given_up = False
         self.ready_at: list[float] = []  # of the layers of an admitted one
         self.coming: Coming | None = None
