@@ -366,6 +366,7 @@ class Engine:
             self._bodies -= 1
             self._flow.ended(self._line.now)
             self._ended(fetch)
+            self._send()
 
         begun_s, beside = [now], [0.0]
         if not self._s3.get(first_byte):
