@@ -34,9 +34,8 @@ from objectcache.plan import Plan
 RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
 ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
 ASK_MOST_S = 0.05  # and with more time left, a quarter of it, at most so long
-RESHARE_S = 0.005
+RESHARE_S, REFUSED_LATELY_S = 0.005, 5.0
 GPU_NOISE = 0.03
-REFUSED_LATELY_S = 5.0
 BEYOND_BYTES_PER_S = 0.625e9  # 5 Gbps, of the calibrated rule
 
 
