@@ -10,7 +10,10 @@ one of
   once. A prompt is `{"prompt_token_ids": [...], "cache_salt": "..."}`. Options: `"pages": true`
   digests every full KV page of each prompt, layer by layer; `"abort": {"request": 0, "steps": 1,
   "wait_s": 0.1}` cancels one request after so many engine steps and that wait.
-* `{"do": "forget"}`: empty the engine's own prefix cache.
+* `{"do": "save", "prompt": {...}, "chunks": 9, "limit_s": 60}`: compute a prompt and go on with it
+  until objectcache has so many chunks more in the store.
+* `{"do": "forget"}`: empty the engine's own prefix cache; with `"connector": true` also what the
+  connector may empty.
 * `{"do": "wait", "seconds": 1}`: leave the engine alone, so that writes behind can finish.
 * `{"do": "remove", "file": "/path"}`: delete a file, an object of a `file://` store say.
 * `{"do": "metrics"}`: counters since the engine started.
@@ -37,6 +40,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 STOP_LIMIT_S = 6.0  # vLLM gives its own processes 5 s
+SAVING_TOKENS = 2000  # most that are generated while chunks are written
 SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
@@ -90,13 +94,18 @@ def run_engines(
         plan.write_text(json.dumps({"one_process": one_process, "engines": list(engines)}))
         settings = SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0" if one_process else "1"}
         child_env = dict(os.environ) | settings | dict(env or {})
-        child_env["PYTHONPATH"] = str(ROOT)  # the worker processes import this module too
+        child_env["PYTHONPATH"] = python_path()  # the worker processes import this module too
         command = [sys.executable, "-m", "benchmarks.engine", str(plan), str(report)]
         code = run_to_end(command, child_env, log, timeout_s)
         if code != 0:
             reason = f"within {timeout_s:.0f} s" if code is None else f"(exit status {code})"
             raise EngineError(f"The engine did not finish {reason}. Its log ends:\n{_tail(log)}")
         return list(json.loads(report.read_text())["engines"])
+
+
+def python_path() -> str:
+    """For a child: this repository, and where this process's own modules were found."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def run_to_end(
@@ -115,10 +124,11 @@ def run_to_end(
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _end_group(child)
+            end_group(child)
 
 
-def _end_group(child: subprocess.Popen[bytes]) -> None:
+def end_group(child: subprocess.Popen[bytes]) -> None:
+    """End a child that leads a process group, and all that it has started."""
     # Asked first: a killed vLLM leaves its shared memory behind.
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGTERM)
@@ -171,7 +181,7 @@ class PageReader:
         }
 
 
-class _Engine:
+class Engine:
     """One live engine in this process and the steps it can take."""
 
     def __init__(self, kwargs: Mapping[str, Any], one_process: bool) -> None:
@@ -197,8 +207,8 @@ class _Engine:
         cleanup_dist_env_and_memory()
         gc.collect()
 
-    def _forget(self) -> dict[str, Any]:
-        return {"done": self.llm.reset_prefix_cache()}
+    def _forget(self, connector: bool = False) -> dict[str, Any]:
+        return {"done": self.llm.reset_prefix_cache(reset_connector=connector)}
 
     def _wait(self, seconds: float) -> dict[str, Any]:
         time.sleep(seconds)
@@ -219,18 +229,10 @@ class _Engine:
         pages: bool = False,
         abort: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        from vllm import SamplingParams
-
         engine = self.llm.llm_engine
         each = [sampling] * len(prompts) if isinstance(sampling, Mapping) else sampling
         batch = _Batch(self.llm)
-        internal: list[str] = []
-        for prompt, one in zip(prompts, each, strict=True):
-            self.requests_made += 1
-            name = f"request{self.requests_made}"
-            batch.add(name, len(prompt["prompt_token_ids"]))
-            parameters = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | dict(one)))
-            internal.append(engine.add_request(name, dict(prompt), parameters))
+        internal = [self._add(batch, *one) for one in zip(prompts, each, strict=True)]
         steps = 0
         while engine.has_unfinished_requests():
             if abort and steps == abort.get("steps", 0):
@@ -245,6 +247,33 @@ class _Engine:
             if not outputs:
                 time.sleep(0.0005)  # nothing could run: leave the interpreter to the loaders
         return {"requests": batch.results, "engine_steps": steps}
+
+    def _save(self, prompt: Mapping[str, Any], chunks: int, limit_s: float) -> dict[str, Any]:
+        """A chunk that found no room is tried again only as long as its request lives."""
+        batch, began = _Batch(self.llm), time.monotonic()
+        before = _chunks_in_store()
+        name = self._add(batch, prompt, {"max_tokens": SAVING_TOKENS})
+        engine = self.llm.llm_engine
+        while engine.has_unfinished_requests() and time.monotonic() - began < limit_s:
+            batch.take(engine.step(), pages=False)
+            answered = batch.results[0]["ttft_s"] is not None  # to count takes time
+            if answered and _chunks_in_store() - before >= chunks:
+                break
+        engine.abort_request([name], internal=True)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return {"requests": batch.results, "saved_chunks": _chunks_in_store() - before}
+
+    def _add(self, batch: _Batch, prompt: Mapping[str, Any], sampling: Mapping[str, Any]) -> str:
+        """Give a request to vLLM; returns vLLM's name of it."""
+        from vllm import SamplingParams
+
+        self.requests_made += 1
+        name = f"request{self.requests_made}"
+        parameters = SamplingParams(**({"temperature": 0.0, "ignore_eos": True} | dict(sampling)))
+        batch.add(name, len(prompt["prompt_token_ids"]))
+        internal: str = self.llm.llm_engine.add_request(name, dict(prompt), parameters)
+        return internal
 
 
 class _Batch:
@@ -315,6 +344,15 @@ def read_metrics() -> dict[str, float]:
     return values
 
 
+def _chunks_in_store() -> float:
+    """Chunks that objectcache has written or found to be there, since this process started."""
+    counted = read_metrics()
+    return sum(
+        counted.get(f"vllm:objectcache_{name}_total", 0.0)
+        for name in ("saved_chunks", "duplicate_chunks")
+    )
+
+
 def _left_behind(threads_before: set[str]) -> dict[str, Any]:
     """Return the threads, processes and connections that an ended engine has left."""
     import psutil
@@ -336,7 +374,7 @@ def _left_behind(threads_before: set[str]) -> dict[str, Any]:
 def _run_one(spec: Mapping[str, Any], one_process: bool) -> dict[str, Any]:
     threads = {t.name for t in threading.enumerate()}
     began = time.monotonic()
-    engine = _Engine(spec["kwargs"], one_process)
+    engine = Engine(spec["kwargs"], one_process)
     started = time.monotonic()
     steps = [engine.run(step) for step in spec["steps"]]
     ended = time.monotonic()

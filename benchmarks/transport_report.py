@@ -57,14 +57,14 @@ def _machine(machine: str, lines: list[Line]) -> Iterator[str]:
     yield from _layers(_of(lines, "layers", "nginx"))
     for server in ("nginx", "tls"):
         yield from _busy(server, _of(lines, "busy", server))
-    yield from _skipped(lines)
+    yield from skipped(lines)
 
 
 def _rates(server: str, lines: list[Line]) -> Iterator[str]:
     cells = sorted({(c["request_mib"], c["in_flight"]) for c in (one["case"] for one in lines)})
     if not cells:
         return
-    yield from _title(f"{_SERVERS[server]}: GB/s [client CPU-s/GB]")
+    yield from title(f"{_SERVERS[server]}: GB/s [client CPU-s/GB]")
 
     def cell(system: str, key: Any) -> str:
         found = _find(lines, system, request_mib=key[0], in_flight=key[1])
@@ -78,7 +78,7 @@ def _latency(lines: list[Line]) -> Iterator[str]:
         return
     chunks = lines[0]["case"]["chunks"]
     scaled = "" if chunks == 224 else f" (of 224, scaled down to {lines[0]['machine']})"
-    yield from _title(f"Through a store with S3's latency: {chunks} chunks of 32 MiB{scaled}")
+    yield from title(f"Through a store with S3's latency: {chunks} chunks of 32 MiB{scaled}")
     names = ("share_of_best_percent", "gb_per_s", "cpu_s_per_gb", "layer0_ms", "last_layer_ms")
     columns = [*names, "requests_per_gib"]
 
@@ -95,7 +95,7 @@ def _layers(lines: list[Line]) -> Iterator[str]:
     counts = sorted({one["case"]["chunks"] for one in lines})
     if not counts:
         return
-    yield from _title("Layers, nginx, http: ms to first byte / layer 0 / layer 1 / layer 31; GB/s")
+    yield from title("Layers, nginx, http: ms to first byte / layer 0 / layer 1 / layer 31; GB/s")
 
     def cell(system: str, count: int) -> str:
         system, verified = _verified(system)
@@ -112,7 +112,7 @@ def _busy(server: str, lines: list[Line]) -> Iterator[str]:
     if not lines:
         return
     offered = lines[0]["case"]["offered_gb_per_s"]
-    yield from _title(f"Main thread busy, {_SERVERS[server]}: {offered} GB/s offered")
+    yield from title(f"Main thread busy, {_SERVERS[server]}: {offered} GB/s offered")
 
     def cell(system: str, column: tuple[str, str]) -> str:
         found = _find(lines, system, main_thread=column[0])
@@ -125,7 +125,7 @@ def _busy(server: str, lines: list[Line]) -> Iterator[str]:
     yield from _table(heads, lines, columns, cell)
 
 
-def _skipped(lines: list[Line]) -> Iterator[str]:
+def skipped(lines: list[Line]) -> Iterator[str]:
     reasons: dict[tuple[str, str], list[str]] = {}
     for one in lines:
         if "skipped" in one:
@@ -133,13 +133,13 @@ def _skipped(lines: list[Line]) -> Iterator[str]:
             what = ", ".join(f"{name} {value}" for name, value in case.items())
             reasons.setdefault((one["system"], one["skipped"]), []).append(what)
     if reasons:
-        yield from _title("Left out")
+        yield from title("Left out")
     for (system, why), cases in reasons.items():
         shown = "; ".join(cases[:4]) + ("; ..." if len(cases) > 4 else "")
         yield f"- {system} ({shown}): {why}"
 
 
-def _title(text: str) -> Iterator[str]:
+def title(text: str) -> Iterator[str]:
     yield from ("", f"### {text}", "")
 
 

@@ -92,6 +92,8 @@ class Admission:
     _deadline: float = field(default=0.0)
     _first: int = 0
     _staged: int = 0
+    _wanted: int = 0  # chunks of the job
+    coming: bool = False  # claimed before all of it was there
 
     def looked_up(self, chunks: int) -> None:
         """The first `chunks` chunks of the prefix exist."""
@@ -101,9 +103,21 @@ class Admission:
 
     def staged(self, chunks: int) -> None:
         """The first `chunks` chunks of the job lie verified in host memory, on every rank."""
-        if self.phase is Phase.STAGING:
+        if self.phase is Phase.STAGING or (self.phase is Phase.READY and self.coming):
             self._staged = chunks
             self.phase = Phase.READY
+            self.coming = False
+
+    def due(self) -> None:
+        """The layers of the job that are not there yet will be in time. Nothing else may be claimed then."""
+        if self.phase is Phase.STAGING:
+            self._staged = self._wanted
+            self.phase = Phase.READY
+            self.coming = True
+
+    @property
+    def staging(self) -> bool:
+        return self.phase is Phase.STAGING
 
     def ask(self, local_tokens: int, now: float, may_stage: bool = True) -> Answer:
         """vLLM has `local_tokens` (whole blocks) itself: how many more are there to load?
@@ -181,11 +195,16 @@ class Admission:
             return Answer(end - local_tokens, asynchronous=True)
         self._deadline = now + self.stage_timeout_s
         self.phase = Phase.STAGING
+        self._wanted = count
         return Answer(None, Stage(self._first, count))
 
     def _end(self) -> int:
         """The token after the last one that is staged."""
-        return min((self._first + self._staged) * self.chunk_tokens, self.loadable_tokens)
+        return self.end_of(self._staged)
+
+    def end_of(self, chunks: int) -> int:
+        """The token after the last one of the job's first `chunks` chunks."""
+        return min((self._first + chunks) * self.chunk_tokens, self.loadable_tokens)
 
     def _claim(self, local_tokens: int) -> int:
         """Tokens that continue what vLLM has; none if it lost blocks before our first chunk."""

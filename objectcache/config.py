@@ -52,8 +52,8 @@ class Options:
     )
     max_connections: int = _option(
         256,
-        "Most requests in flight to the store, for each engine process. How many of them with bodies "
-        "the store rewards is measured, beginning with 16; on 503 there are fewer.",
+        "Most requests in flight to the store, for each half of the connector in each process of the engine. How many of them with bodies "
+        "the store rewards is measured, beginning with 32; on 503 there are fewer.",
         low=1,
         high=4096,
     )
@@ -64,6 +64,35 @@ class Options:
         "library, slow and most tried), or `auto`: direct where it can be, else obstore. What a way "
         "cannot do is done by the next.",
         choices=("auto", "direct", "obstore", "aiobotocore"),
+    )
+    mover: str = _option(
+        "auto",
+        "Where bytes are moved: in a `process` beside each engine worker, so that streams do not take "
+        "Python's interpreter from vLLM's steps, in a `thread` of the worker, or `auto`: a process "
+        "where there is a GPU.",
+        choices=("auto", "process", "thread"),
+    )
+    processes: int = _option(
+        0,
+        "How many processes move bytes, each a part of every prefix, where `mover` is not a thread. "
+        "`0`: one for each four cores of the worker's part of the host, one at least, four at most.",
+        low=0,
+        high=16,
+    )
+    admission: str = _option(
+        "staged",
+        "When a prompt is admitted whose prefix is on its way: `staged`, when all of it lies verified in "
+        "host memory, or `just-in-time`, when the layers still missing will be there before they are "
+        "needed. The latter needs vLLM's `kv_load_failure_policy` to be `fail`: a request whose last "
+        "layers then do not come ends with an error.",
+        choices=("staged", "just-in-time"),
+    )
+    late_timeout_ms: int = _option(
+        2000,
+        "How long a step may wait for a layer of a prompt that was admitted just in time; then that "
+        "request ends with an error.",
+        low=1,
+        high=60_000,
     )
     lookup_timeout_ms: int = _option(
         1000, "A prompt is computed if the store has not said in this time what it has.", low=1
@@ -192,5 +221,9 @@ def _check_url(options: Options) -> None:
         raise Misconfigured("option 'url' names no valid bucket.", where)
     if match[1] == "file" and not match[2].startswith("/"):
         raise Misconfigured("a file URL has three slashes.", "write file:///var/cache/kv.")
+    if match[1] == "memory" and options.mover == "process":
+        raise Misconfigured(
+            "a memory:// store cannot be shared with a process.", "leave 'mover' at 'auto'."
+        )
     if options.endpoint_url and not re.match(r"https?://[^/]+", options.endpoint_url):
         raise Misconfigured("option 'endpoint_url' is no HTTP address.", "write http://host:9000.")

@@ -28,6 +28,7 @@ from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
 from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
+from objectcache.timely import Timely
 from objectcache.weights import LoraDigests, Weights
 from objectcache.worker import WorkerHalf
 
@@ -55,9 +56,16 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = parse(self._kv_transfer_config.kv_connector_extra_config)
+        if self._options.admission == "just-in-time" and self._may_stream:
+            raise Misconfigured(
+                "option 'admission' is just-in-time, and kv_load_failure_policy is recompute: vLLM does "
+                "not recompute rightly what a running request lacks.",
+                "set kv_load_failure_policy to fail, or admission to staged.",
+            )
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
+        self._layers_call_back = False
         lora = vllm_config.lora_config
         self._loras = LoraDigests(str(lora.lora_dtype) if lora is not None else "auto")
         self._refusal = support.refusal(vllm_config, kv_cache_config)
@@ -77,6 +85,10 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def _may_stream(self) -> bool:
         """Otherwise vLLM ends a request with an error if any of its blocks is not loaded."""
         return self._kv_transfer_config.kv_load_failure_policy == "recompute"
+
+    def _timely(self, places: list[WorkerPlace]) -> Timely:
+        most = self._vllm_config.scheduler_config.max_num_batched_tokens
+        return Timely(places[0].slice_bytes, most, len(places))
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -127,6 +139,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             saves=transfer.is_kv_producer,
             local_prefixes=bool(cache.enable_prefix_caching),
             stage_chunks=min(p.stage_chunks for p in places) if self._may_stream else None,
+            timely=self._timely(places) if self._options.admission == "just-in-time" else None,
         )
         self._places = places
         self._scheduler.check()
@@ -218,10 +231,12 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._refusal is not None:
             return
         facts = identity.worker_facts(self._vllm_config, self._kv_cache_config, kv_caches)
-        world = self._vllm_config.parallel_config.tensor_parallel_size
-        rank = self._vllm_config.parallel_config.rank % world  # there is one pipeline stage
+        parallel = self._vllm_config.parallel_config
+        world = parallel.tensor_parallel_size
+        rank = parallel.rank % world  # there is one pipeline stage
         replicas = self._kv_cache_config.kv_tp_replicas
         names, pages = layer_pages(self._kv_cache_config, kv_caches)
+        self._layers_call_back = support.layers_call_back(self._vllm_config, names)
         self._worker = WorkerHalf(
             self._options,
             names,
@@ -231,9 +246,14 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             world // replicas,
             writes=rank % replicas == 0,
             streams=self._may_stream,
+            neighbours=parallel.local_world_size * max(1, parallel.data_parallel_size_local),
         )
         self._place = WorkerPlace(
-            facts, rank // replicas, world // replicas, self._worker.stage_chunks
+            facts,
+            rank // replicas,
+            world // replicas,
+            self._worker.stage_chunks,
+            self._worker.slice_bytes,
         )
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
@@ -250,7 +270,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         # A replayed full graph calls no layer hook; under the V2 runner it is known by the
         # forward context being empty.
         hooks_fire = (
-            forward_context.attn_metadata is not None
+            self._layers_call_back
+            and forward_context.attn_metadata is not None
             and forward_context.cudagraph_runtime_mode != CUDAGraphMode.FULL
         )
         self._worker.start_loads(hooks_fire)

@@ -9,14 +9,30 @@ pages are written.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 
 from objectcache.format import ObjectLayout
+from objectcache.slots import HostSlots
+from objectcache.staging import (
+    ALIGN_BYTES,
+    Bus,
+    Lane,
+    Numbers,
+    Pieces,
+    ReturnLane,
+    reserve_pinned,
+    tables,
+)
 
-STAGING_BYTES = 64 << 20  # GPU memory through which a layer's blocks pass, 1 ms of PCIe
+T = TypeVar("T")
+
+STAGING_BYTES = 64 << 20  # GPU memory of each of three ways; half of it is 0.6 ms of PCIe
+LAYERS_AHEAD = 2  # layers whose copies are submitted before the one that is waited for
 
 
 @dataclass(frozen=True)
@@ -28,16 +44,16 @@ class Run:
     block_ids: Sequence[int]
 
 
-class HostSlots:
-    """The memory of the ring: `slots` rows of `slot_bytes`, pinned if a GPU copies from it."""
+class Bytes(Protocol):
+    """What a step's loads copy from, while it is on its way."""
 
-    def __init__(self, slots: int, slot_bytes: int, pinned: bool) -> None:
-        self.tensor = torch.empty((slots, slot_bytes), dtype=torch.uint8, pin_memory=pinned)
-        self._views = [memoryview(row) for row in self.tensor.numpy()]
+    def layers_ready(self) -> int:
+        """Leading layers that may be copied now."""
+        ...
 
-    def view(self, slot: int) -> memoryview:
-        """The bytes of one slot, writable."""
-        return self._views[slot]
+    def wait(self, layer: int) -> None:
+        """Until layer `layer` may be copied, or it does not matter any more."""
+        ...
 
 
 class Copies(ABC):
@@ -51,16 +67,23 @@ class Copies(ABC):
         self._layout = layout
         self._runs: list[tuple[int, list[Run]]] = []
         self._waited = [True] * len(self._pages)
+        self._coming: Bytes | None = None
+        self._saves: list[tuple[int, Run]] = []
+        self._layers_saved: set[int] = set()
 
     @property
     def loading(self) -> bool:
         """Whether this step has loads."""
         return bool(self._runs)
 
-    def submit_loads(self, loads: Sequence[tuple[int, list[Run]]]) -> None:
-        """The loads of this step, as (job, runs). Before the forward pass."""
+    def submit_loads(
+        self, loads: Sequence[tuple[int, list[Run]]], coming: Bytes | None = None
+    ) -> None:
+        """The loads of this step, as (job, runs). Before the forward pass. With `coming` their bytes may
+        still be on their way."""
         assert not self._runs, "a step's loads are submitted once"
         self._runs = list(loads)
+        self._coming = coming
         if self._runs:
             self._waited = [False] * len(self._pages)
             self._begin_loads()
@@ -69,6 +92,8 @@ class Copies(ABC):
         """Make layer `layer` safe for what the caller's stream does next. Idempotent."""
         if not self._waited[layer]:
             self._waited[layer] = True
+            if self._coming is not None:
+                self._coming.wait(layer)
             self._wait(layer)
 
     def wait_all(self) -> None:
@@ -87,6 +112,36 @@ class Copies(ABC):
             )
         self._end_loads([job for job, _ in self._runs])
         self._runs = []
+
+    @property
+    def saving(self) -> bool:
+        """Whether this step has saves that its layers may begin."""
+        return bool(self._saves)
+
+    def begin_saves(self, saves: Sequence[tuple[int, Run]]) -> None:
+        """The chunks that this step completes, as (save, run). Before the forward pass."""
+        assert not self._saves, "a step's saves are announced once"
+        self._saves = list(saves)
+        self._layers_saved = set()
+
+    def save_layer(self, layer: int) -> None:
+        """The caller's stream has written all that these chunks have of a layer. Idempotent."""
+        if self._saves and layer not in self._layers_saved:
+            self._layers_saved.add(layer)
+            self._save_layer(layer)
+
+    def end_saves(self) -> None:
+        """After the forward pass: begin what its layers did not. The pages may change afterwards."""
+        if not self._saves:
+            return
+        if self._layers_saved:
+            for layer in range(len(self._pages)):
+                self.save_layer(layer)
+            self._end_saves([save for save, _ in self._saves])
+        else:
+            for save, run in self._saves:
+                self.submit_save(save, run)
+        self._saves = []
 
     def _chunk_rows(self, layer: int, run: Run) -> torch.Tensor:
         """The run's pages of one layer in its slot: uint8 [blocks, page_bytes], contiguous."""
@@ -119,6 +174,12 @@ class Copies(ABC):
     @abstractmethod
     def submit_save(self, save: int, run: Run) -> None:
         """Copy a whole chunk's pages to its slot. The pages may change after the caller's stream goes on."""
+
+    @abstractmethod
+    def _save_layer(self, layer: int) -> None: ...
+
+    @abstractmethod
+    def _end_saves(self, saves: list[int]) -> None: ...
 
     @abstractmethod
     def saved(self) -> list[int]:
@@ -169,10 +230,20 @@ class CpuCopies(Copies):
         return chunks
 
     def submit_save(self, save: int, run: Run) -> None:
-        index = torch.tensor(run.block_ids, dtype=torch.int64)
-        for layer, pages in enumerate(self._pages):
-            torch.index_select(pages, 0, index, out=self._chunk_rows(layer, run))
+        for layer in range(len(self._pages)):
+            self._copy_out(layer, run)
         self._saved.append(save)
+
+    def _copy_out(self, layer: int, run: Run) -> None:
+        index = torch.tensor(run.block_ids, dtype=torch.int64)
+        torch.index_select(self._pages[layer], 0, index, out=self._chunk_rows(layer, run))
+
+    def _save_layer(self, layer: int) -> None:
+        for _, run in self._saves:
+            self._copy_out(layer, run)
+
+    def _end_saves(self, saves: list[int]) -> None:
+        self._saved += saves
 
     def saved(self) -> list[int]:
         saves, self._saved = self._saved, []
@@ -185,120 +256,198 @@ class CpuCopies(Copies):
 class CudaCopies(Copies):
     """Copies on side streams: layer l+1 moves while layer l computes.
 
-    Blocks pass through a staging buffer on the GPU and are scattered from there (or gathered into
-    it) by one indexed kernel, because pages are small and the bus likes long runs. Chunks of requests
-    that do not run have a stream of their own: no step waits behind them.
+    A step's loads, chunks of requests that do not run, and saves have streams and staging each, so
+    that none waits behind another. No stream of vLLM's ever waits for the bus, but for a layer's load.
     """
 
     def __init__(
-        self, pages: Sequence[torch.Tensor], slots: HostSlots, layout: ObjectLayout
+        self,
+        pages: Sequence[torch.Tensor],
+        slots: HostSlots,
+        layout: ObjectLayout,
+        batched: bool | None = None,
+        staging_bytes: int = STAGING_BYTES,
     ) -> None:
         super().__init__(pages, slots, layout)
         device = pages[0].device
-        self._load_stream = torch.cuda.Stream(device)
-        self._chunk_stream = torch.cuda.Stream(device)
-        self._save_stream = torch.cuda.Stream(device)
+        self._tables = tables(pages)
+        self._page_bytes = [page.shape[1] for page in pages]
+        self._offsets = np.array(layout.offsets, np.int64)
+        # As a step moves them, layer by layer: there block b is row b * step.
+        self._layers = [t.of_layer(at) for t in self._tables for at in range(len(t.layers))]
+        self._step = self._tables[0].step
+        bus = Bus(slots.tensor, batched)
+        size = max(staging_bytes, 2 * (max(layout.slice_bytes) + ALIGN_BYTES))
+        self._loads = Lane(bus, size, device, urgent=True)
+        self._chunks = Lane(bus, size, device, urgent=False)
+        self._saves_lane = ReturnLane(bus, size, device)
+        reserve_pinned()
         self._layer_events = [torch.cuda.Event() for _ in pages]
-        staging_bytes = max(STAGING_BYTES, max(layout.slice_bytes))
-        self._load_staging = torch.empty(staging_bytes, dtype=torch.uint8, device=device)
-        self._chunk_staging = torch.empty(max(layout.slice_bytes), dtype=torch.uint8, device=device)
-        self._save_staging = torch.empty(max(layout.slice_bytes), dtype=torch.uint8, device=device)
+        self._batches: list[_Batch] = []
+        self._submitted = 0  # layers of this step's loads
+        self._save_batches: list[_Batch] = []
         self._loaded: deque[tuple[list[int], torch.cuda.Event]] = deque()
-        self._chunks: deque[tuple[tuple[int, int], torch.cuda.Event]] = deque()
-        self._saved: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._chunks_out: deque[tuple[tuple[int, int], torch.cuda.Event]] = deque()
+        self._saved: deque[tuple[list[int], torch.cuda.Event]] = deque()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """The first use of a kernel loads it, which may stop all streams: now, and nothing changes.
+
+        Nothing lies in the slots yet, and nobody uses the pages.
+        """
+        zero = np.zeros(1, np.int64)
+        for table in self._tables:
+            pieces = Pieces(zero, zero, zero + table.page_bytes)
+            self._saves_lane.pull(table.table, self._saves_lane.index(zero), pieces)
+            for lane in (self._loads, self._chunks):
+                self.finish()
+                lane.push(pieces, table.table, lane.index(zero))
+        self.finish()
+
+    @property
+    def staging_bytes(self) -> int:
+        """GPU memory that the copies take."""
+        return sum(lane.staging_bytes for lane in (self._loads, self._chunks, self._saves_lane))
+
+    # ---- a step's loads
 
     def _begin_loads(self) -> None:
         # Blocks may just have been zeroed or copied on the compute stream: stay behind that.
-        self._load_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._load_stream):
-            runs = [run for _, runs in self._runs for run in runs]
-            batches = [
-                (batch, self._to_device([block for run in batch for block in run.block_ids]))
-                for batch in self._batches(runs)
-            ]
-            for layer, event in enumerate(self._layer_events):
-                for batch, index in batches:
-                    self._scatter(layer, batch, index, self._load_staging)
-                event.record(self._load_stream)
+        self._loads.follow()
+        runs = [run for _, runs in self._runs for run in runs if run.block_ids]
+        self._batches = self._cut(runs, self._loads.most)
+        for batch in self._batches:
+            batch.index = self._loads.index(batch.block_ids * self._step)
+        self._submitted = 0
+        self._submit_layers(LAYERS_AHEAD)
 
-    def _batches(self, runs: list[Run]) -> list[list[Run]]:
-        """Runs in groups that fit the staging buffer, whichever layer."""
-        most = self._load_staging.numel() // max(self._layout.slice_bytes)
-        return [runs[first : first + most] for first in range(0, len(runs), most)]
-
-    def _to_device(self, block_ids: list[int]) -> torch.Tensor:
-        host = torch.tensor(block_ids, dtype=torch.int64).pin_memory()
-        return host.to(self._pages[0].device, non_blocking=True)
-
-    def _scatter(
-        self, layer: int, batch: list[Run], index: torch.Tensor, buffer: torch.Tensor
-    ) -> None:
-        page_bytes = self._pages[layer].shape[1]
-        staging = buffer[: index.numel() * page_bytes].view(-1, page_bytes)
-        first = 0
-        for run in batch:
-            last = first + len(run.block_ids)
-            staging[first:last].copy_(self._chunk_rows(layer, run), non_blocking=True)
-            first = last
-        self._pages[layer].index_copy_(0, index, staging)
+    def _submit_layers(self, last: int) -> None:
+        """Layers up to `last`. The rest follows while the first are computed on, so that neither the
+        first kernel nor the first page waits for thousands of calls."""
+        if self._coming is not None:
+            last = min(last, self._coming.layers_ready())
+        while self._submitted < min(last, len(self._pages)):
+            layer = self._submitted
+            for batch in self._batches:
+                assert batch.index is not None
+                self._loads.push(self._pieces(layer, batch), self._layers[layer], batch.index)
+            self._loads.record(self._layer_events[layer])
+            self._submitted += 1
 
     def _wait(self, layer: int) -> None:
+        self._submit_layers(layer + 1 + LAYERS_AHEAD)
         torch.cuda.current_stream().wait_event(self._layer_events[layer])
 
     def _end_loads(self, jobs: list[int]) -> None:
-        self._loaded.append((jobs, self._recorded(self._load_stream)))
+        self._batches = []
+        self._loaded.append((jobs, self._loads.record()))
 
     def loaded(self) -> list[int]:
-        done: list[int] = []
-        while self._loaded and self._loaded[0][1].query():
-            done += self._loaded.popleft()[0]
-        return done
+        return [job for jobs in _happened(self._loaded) for job in jobs]
+
+    # ---- chunks apart from steps
 
     def submit_chunk(self, chunk: tuple[int, int], run: Run) -> None:
         # Others may just have used these blocks, and vLLM may have zeroed them: stay behind that.
-        self._chunk_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._chunk_stream):
-            index = self._to_device(list(run.block_ids))
-            for layer in range(len(self._pages)):
-                self._scatter(layer, [run], index, self._chunk_staging)
-        self._chunks.append((chunk, self._recorded(self._chunk_stream)))
+        self._chunks.follow()
+        for pieces, table, rows in self._parts(run, self._chunks.most):
+            self._chunks.push(pieces, table, self._chunks.index(rows))
+        self._chunks_out.append((chunk, self._chunks.record()))
 
     def chunks_loaded(self) -> list[tuple[int, int]]:
-        done: list[tuple[int, int]] = []
-        while self._chunks and self._chunks[0][1].query():
-            done.append(self._chunks.popleft()[0])
-        return done
+        return _happened(self._chunks_out)
+
+    # ---- saves
 
     def submit_save(self, save: int, run: Run) -> None:
-        current = torch.cuda.current_stream()
-        self._save_stream.wait_stream(current)
-        with torch.cuda.stream(self._save_stream):
-            index = self._to_device(list(run.block_ids))
-            for layer, pages in enumerate(self._pages):
-                size = self._layout.slice_bytes[layer]
-                staging = self._save_staging[:size].view(-1, pages.shape[1])
-                torch.index_select(pages, 0, index, out=staging)
-                self._chunk_rows(layer, run).copy_(staging, non_blocking=True)
-        self._saved.append((save, self._recorded(self._save_stream)))
-        # vLLM may hand these blocks to another request in the next step.
-        current.wait_stream(self._save_stream)
+        for pieces, table, rows in self._parts(run, self._saves_lane.most):
+            self._saves_lane.pull(table, self._saves_lane.index(rows), pieces)
+        self._saved.append(([save], self._saves_lane.record()))
+
+    def _save_layer(self, layer: int) -> None:
+        if not self._save_batches:
+            self._save_batches = self._cut([run for _, run in self._saves], self._saves_lane.most)
+            for batch in self._save_batches:
+                batch.index = self._saves_lane.index(batch.block_ids * self._step)
+        for batch in self._save_batches:
+            assert batch.index is not None
+            self._saves_lane.pull(self._layers[layer], batch.index, self._pieces(layer, batch))
+
+    def _end_saves(self, saves: list[int]) -> None:
+        self._save_batches = []
+        self._saved.append((saves, self._saves_lane.record()))
 
     def saved(self) -> list[int]:
-        done: list[int] = []
-        while self._saved and self._saved[0][1].query():
-            done.append(self._saved.popleft()[0])
-        return done
+        return [save for saves in _happened(self._saved) for save in saves]
 
     def finish(self) -> None:
-        self._load_stream.synchronize()
-        self._chunk_stream.synchronize()
-        self._save_stream.synchronize()
+        for stream in (*self._loads.streams, *self._chunks.streams, self._saves_lane.stream):
+            stream.synchronize()
 
-    @staticmethod
-    def _recorded(stream: "torch.cuda.Stream") -> "torch.cuda.Event":
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
+    # ---- what is where
+
+    def _cut(self, runs: list[Run], most_bytes: int) -> list["_Batch"]:
+        """Runs in groups that fit, whichever layer."""
+        most = most_bytes // max(self._page_bytes)
+        groups: list[list[Run]] = []
+        count = most
+        for run in runs:
+            if count + len(run.block_ids) > most:
+                groups.append([])
+                count = 0
+            groups[-1].append(run)
+            count += len(run.block_ids)
+        return [_Batch.of(group) for group in groups]
+
+    def _pieces(self, layer: int, batch: "_Batch") -> Pieces:
+        """What a batch's slots hold of one layer."""
+        size = self._page_bytes[layer]
+        return Pieces(batch.slots, self._offsets[layer] + batch.first * size, batch.counts * size)
+
+    def _parts(self, run: Run, most_bytes: int) -> Iterator[tuple[Pieces, torch.Tensor, Numbers]]:
+        """All layers of one run, table by table, in parts that fit."""
+        block_ids = np.array(run.block_ids, np.int64)
+        for table in self._tables:
+            size = len(block_ids) * table.page_bytes
+            at_once = max(1, most_bytes // max(size, 1))
+            for first in range(0, len(table.layers), at_once):
+                layers = table.layers[first : first + at_once]
+                pieces = Pieces(
+                    np.full(len(layers), run.slot, np.int64),
+                    self._offsets[layers] + run.first_block * table.page_bytes,
+                    np.full(len(layers), size, np.int64),
+                )
+                rows = table.of_blocks(block_ids, first, first + len(layers))
+                yield pieces, table.table, rows
+
+
+@dataclass
+class _Batch:
+    """Runs that pass through the staging buffer together, layer by layer."""
+
+    slots: Numbers
+    first: Numbers  # block of the slot's chunk
+    counts: Numbers
+    block_ids: Numbers
+    index: torch.Tensor | None = None  # their rows, on the GPU
+
+    @classmethod
+    def of(cls, runs: list[Run]) -> "_Batch":
+        return cls(
+            np.array([run.slot for run in runs], np.int64),
+            np.array([run.first_block for run in runs], np.int64),
+            np.array([len(run.block_ids) for run in runs], np.int64),
+            np.array([block for run in runs for block in run.block_ids], np.int64),
+        )
+
+
+def _happened(waiting: deque[tuple[T, "torch.cuda.Event"]]) -> list[T]:
+    """Take off the front what has happened."""
+    done: list[T] = []
+    while waiting and waiting[0][1].query():
+        done.append(waiting.popleft()[0])
+    return done
 
 
 def open_copies(pages: Sequence[torch.Tensor], slots: HostSlots, layout: ObjectLayout) -> Copies:

@@ -6,7 +6,7 @@ package computes an offset. All integers are little-endian.
 
 import struct
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -154,11 +154,19 @@ class Verifier:
 
     The parts of an object may land at the same time, each in a thread of its own: a slice is checked
     by the thread that brought it, or, where that was before the header, by the one that brings the
-    header.
+    header. `told` hears from these threads how many leading layers may be used; a number that is
+    told late may be less than one before.
     """
 
-    def __init__(self, layout: ObjectLayout, chunk_hash: bytes, buffer: memoryview) -> None:
+    def __init__(
+        self,
+        layout: ObjectLayout,
+        chunk_hash: bytes,
+        buffer: memoryview,
+        told: Callable[[int], None] = lambda layers: None,
+    ) -> None:
         self._layout = layout
+        self._told = told
         self._chunk_hash = chunk_hash
         self._buffer = buffer
         self._sums: list[bytes] | None = None
@@ -200,6 +208,7 @@ class Verifier:
                     f"Layer {layer} of chunk {self._chunk_hash.hex()[:16]} has a wrong checksum."
                 )
             self._verified[layer] = 1
+            self._told(self.verified_layers)
 
 
 class Part:

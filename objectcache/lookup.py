@@ -81,3 +81,14 @@ async def _ask(positions: list[int], exists: Callable[[int], object]) -> dict[in
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def check(store: Store, timeout_s: float) -> None:
+    """Whether the store can be used at all. Raises as `Store.check` does, in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            await store.check()
+    except TimeoutError:
+        raise Unavailable(
+            f"{store.name} did not answer in {timeout_s:.0f} s.", "is the address right?"
+        ) from None

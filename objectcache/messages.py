@@ -12,10 +12,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 @dataclass(frozen=True)
 class StageCommand:
-    """Bring these chunks into host memory, in this order, and report how many came."""
+    """Bring these chunks into host memory, in this order, and report how many came. The first of them is
+    chunk `first` of its prefix."""
 
     job: int
     chunk_hashes: list[bytes]
+    first: int = 0
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class LoadCommand:
     job: int
     first_block: int
     block_ids: list[int]
+    coming: bool = False  # its last layers may not be there yet
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class StepCommands(KVConnectorMetadata):
         default_factory=list
     )  # streams that nobody waits for; none of it counts
     saves: list[SaveCommand] = field(default_factory=list)
-    forget: bool = False  # nothing is known any more to be in the store
+    step: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,17 @@ class Staged:
     job: int
     chunks: int
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Coming:
+    """So far the job's chunks, `chunks` of them, have `layers` layers verified, all of them together; and
+    each the first `ready`."""
+
+    job: int
+    chunks: int
+    ready: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,8 @@ class StepReport(KVConnectorWorkerMetadata):
     staged: list[Staged] = field(default_factory=list)
     saved: list[Saved] = field(default_factory=list)
     streamed: list[Streamed] = field(default_factory=list)
+    coming: list[Coming] = field(default_factory=list)
+    steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
@@ -103,6 +119,8 @@ class StepReport(KVConnectorWorkerMetadata):
             self.staged + other.staged,
             self.saved + other.saved,
             self.streamed + other.streamed,
+            self.coming + other.coming,
+            self.steps + other.steps,
         )
 
 
@@ -111,11 +129,13 @@ class WorkerPlace(KVConnectorHandshakeMetadata):
     """What only a worker knows, told once after its KV cache exists.
 
     `facts` go into the namespace; `shard` of `shards` is the part of each chunk that it holds;
-    `stage_chunks` is the most that one job can stage; `error` is why it cannot take part, or "".
+    `stage_chunks` is the most that one job can stage; `slice_bytes` is the size of each layer of a
+    chunk; `error` is why it cannot take part, or "".
     """
 
     facts: dict[str, Any]
     shard: int
     shards: int
     stage_chunks: int = 0
+    slice_bytes: tuple[int, ...] = ()
     error: str = ""

@@ -2,17 +2,17 @@
 
 Each is reported once, whatever happens, and not before all copies to its blocks have ended: then vLLM
 may give the blocks to others. Blocks that did not come are named in the same step, and vLLM computes
-from the first of them on. All but what the loop calls belongs to vLLM's thread.
+from the first of them on. All of it belongs to vLLM's thread.
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from objectcache.device import Copies, Run
 from objectcache.messages import StreamCommand
-from objectcache.through import StreamResult, Through
+from objectcache.mover import Arrived, Mover
+from objectcache.through import StreamResult
 
 # To submit a chunk costs the step about 1 ms on a GPU, and the copy itself on a CPU.
 CHUNKS_PER_STEP = 16
@@ -36,7 +36,6 @@ class Unparked:
 class _Stream:
     command: StreamCommand
     blocks: list[tuple[int, list[int]]]  # of each chunk: the first block in it, and page numbers
-    through: Through
     settled: int = 0  # chunks copied, or not to be copied
     stopped: bool = False
     result: StreamResult | None = None
@@ -45,80 +44,55 @@ class _Stream:
 class Parked:
     """`chunk_blocks` is how many blocks a chunk has."""
 
-    def __init__(self, copies: Copies, chunk_blocks: int) -> None:
+    def __init__(self, copies: Copies, mover: Mover, chunk_blocks: int) -> None:
         self._copies = copies
+        self._mover = mover
         self._chunk_blocks = chunk_blocks
         self._streams: dict[int, _Stream] = {}
-        self._lock = threading.Lock()  # guards what the loop's callbacks leave behind:
-        self._arrived: deque[tuple[int, int, int]] = deque()
-        self._results: list[StreamResult] = []
+        self._arrived: deque[Arrived] = deque()
 
-    def begin(
-        self,
-        command: StreamCommand,
-        keys: Sequence[str],
-        through: Through,
-        heard: Callable[[StreamResult], None],
-    ) -> None:
-        """Start a stream; `heard` is told on the loop how its reading ended."""
-
-        def done(result: StreamResult) -> None:
-            heard(result)
-            with self._lock:
-                self._results.append(result)
-
+    def begin(self, command: StreamCommand) -> None:
+        """Start a stream."""
         blocks = split(command.block_ids, command.first_block, self._chunk_blocks)
-        assert len(blocks) == len(keys) == len(command.chunk_hashes)
-        self._streams[command.job] = _Stream(command, blocks, through)
-        through.begin(command.job, list(keys), command.chunk_hashes, self._arrive, done)
+        assert len(blocks) == len(command.chunk_hashes)
+        self._streams[command.job] = _Stream(command, blocks)
+        self._mover.stream(command.job, command.chunk_hashes)
 
     def stop(self, job: int) -> None:
         """Nobody waits for this stream any more, or it must not count. It may have been reported."""
         stream = self._streams.get(job)
         if stream is not None:
             stream.stopped = True
-            stream.through.cancel(job)
+            self._mover.stop(job)
+
+    def heard(self, event: Arrived | StreamResult) -> None:
+        """What the mover said of a stream."""
+        if isinstance(event, Arrived):
+            self._arrived.append(event)
+        else:
+            self._streams[event.job].result = event
 
     def carry(self) -> None:
         """Once a step, after its forward pass: copy what came, give back what is copied."""
         self._collect()
-        with self._lock:
-            count = min(len(self._arrived), CHUNKS_PER_STEP)
-            arrived = [self._arrived.popleft() for _ in range(count)]
-        for job, chunk, slot in arrived:
-            stream = self._streams[job]
+        for _ in range(min(len(self._arrived), CHUNKS_PER_STEP)):
+            chunk = self._arrived.popleft()
+            stream = self._streams[chunk.job]
             if stream.stopped:
-                self._settle(job, chunk)
+                self._settle(chunk.job, chunk.chunk)
             else:
-                first_block, block_ids = stream.blocks[chunk]
-                self._copies.submit_chunk((job, chunk), Run(slot, first_block, block_ids))
+                run = Run(chunk.slot, *stream.blocks[chunk.chunk])
+                self._copies.submit_chunk((chunk.job, chunk.chunk), run)
         self._collect()
 
     def ended(self) -> list[Unparked]:
         """Requests that vLLM may go on with. Each is named once."""
-        with self._lock:
-            results, self._results = self._results, []
-        for result in results:
-            self._streams[result.job].result = result
         ready = [
             (job, stream.result)
             for job, stream in self._streams.items()
             if stream.result is not None and stream.settled == stream.result.came
         ]
         return [self._unpark(self._streams.pop(job), result) for job, result in ready]
-
-    def abandon(self) -> None:
-        """The loop and all copies have ended: slots that were handed over go back."""
-        streams, self._streams = self._streams, {}
-        with self._lock:
-            self._arrived.clear()
-            self._results.clear()
-        for job, stream in streams.items():
-            stream.through.abandon(job)
-
-    def _arrive(self, job: int, chunk: int, slot: int) -> None:
-        with self._lock:
-            self._arrived.append((job, chunk, slot))
 
     def _collect(self) -> None:
         for job, chunk in self._copies.chunks_loaded():
@@ -127,7 +101,7 @@ class Parked:
     def _settle(self, job: int, chunk: int) -> None:
         stream = self._streams[job]
         stream.settled += 1
-        stream.through.give_back(job, chunk)
+        self._mover.give_back(job, chunk)
 
     @staticmethod
     def _unpark(stream: _Stream, result: StreamResult) -> Unparked:

@@ -6,6 +6,7 @@ All state belongs to the loop.
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from objectcache.errors import Corrupt, ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout, Part, Verifier
@@ -14,6 +15,12 @@ from objectcache.plan import Limits, plan
 from objectcache.report import log
 from objectcache.shelf import Place, Shelf
 from objectcache.stores.base import Store
+
+
+class Progress(Protocol):
+    """For each slot how many leading layers of what is read there may be used."""
+
+    def __setitem__(self, slot: int, layers: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,8 @@ class Chunk:
 
 class Reads:
     """`slot_view(slot)` is the memory of a slot, at least object_bytes long; `ended(place)` is called
-    when nothing writes to a place any more."""
+    when nothing writes to a place any more. `progress[slot]` is how many leading layers of what is
+    read there may be used."""
 
     def __init__(
         self,
@@ -48,6 +56,7 @@ class Reads:
         shelf: Shelf,
         slot_view: Callable[[int], memoryview],
         ended: Callable[[Place], None],
+        progress: Progress,
     ) -> None:
         self._loop = loop
         self._store = store
@@ -55,6 +64,7 @@ class Reads:
         self._shelf = shelf
         self._slot_view = slot_view
         self._ended = ended
+        self._progress = progress
         self._chunks: dict[Place, Chunk] = {}
 
     def of(self, places: Iterable[Place]) -> dict[Place, Chunk]:
@@ -64,7 +74,7 @@ class Reads:
     def start(self, places: Sequence[Place], chunk_hashes: Sequence[bytes]) -> None:
         """Read these chunks together, in the order of a plan."""
         verifiers = [
-            Verifier(self._layout, chunk_hash, self._view(place))
+            self._verifier(place, chunk_hash)
             for place, chunk_hash in zip(places, chunk_hashes, strict=True)
         ]
         reads: list[list[asyncio.Future[None]]] = [[] for _ in places]
@@ -76,7 +86,7 @@ class Reads:
 
     def start_whole(self, place: Place, chunk_hash: bytes) -> None:
         """Read one chunk by one GET: of chunks that are wanted one after the other the first counts."""
-        verifier = Verifier(self._layout, chunk_hash, self._view(place))
+        verifier = self._verifier(place, chunk_hash)
         part = verifier.part(0, len(self._layout.slice_bytes))
         read = asyncio.ensure_future(self._read_part(place, part))
         self._bring_soon(place, verifier, [read])
@@ -123,10 +133,21 @@ class Reads:
             error = failures[0]
         if error is None and not verifier.complete:
             error = Corrupt(f"{place.key} ended before its last layer.")
+        if error is None:
+            self._progress[place.slot] = len(self._layout.slice_bytes)
         del self._chunks[place]
         self._shelf.read_ended(place, verified=error is None)
         self._ended(place)
         return error
+
+    def _verifier(self, place: Place, chunk_hash: bytes) -> Verifier:
+        progress, slot = self._progress, place.slot
+        progress[slot] = 0
+
+        def told(layers: int) -> None:
+            progress[slot] = layers
+
+        return Verifier(self._layout, chunk_hash, self._view(place), told)
 
     def _view(self, place: Place) -> memoryview:
         return self._slot_view(place.slot)[: self._layout.object_bytes]

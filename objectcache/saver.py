@@ -1,39 +1,48 @@
 """The way out: a ring slot that holds a chunk's pages becomes a sealed object in the store. Not which chunks: the scheduler half says so.
 
-Behind the request: vLLM's blocks are free as soon as the pages were copied to the slot.
+Behind the request: vLLM's blocks are free as soon as the pages were copied to the slot. The slot is free
+when its outcome is told.
 """
 
 import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from objectcache.breaker import Breaker
 from objectcache.errors import NotFound, ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
-from objectcache.ring import Ring
 from objectcache.stores.base import Store
 
 SPOILT_MAX = 10_000
 
 
+@dataclass(frozen=True)
+class SaveResult:
+    """Nothing reads the slot any more. `outcome` is as in messages.Saved, `error` why it is "failed"."""
+
+    slot: int
+    chunk_hash: bytes
+    outcome: str
+    error: ObjectCacheError | None = None
+
+
 class Saver:
-    """`saved(chunk_hash, outcome, error)` is called on the loop, outcome as in messages.Saved."""
+    """`saved` is called on the loop, once for each save."""
 
     def __init__(
         self,
         loop: LoopThread,
         store: Store,
         layout: ObjectLayout,
-        ring: Ring,
         slot_view: Callable[[int], memoryview],
-        saved: Callable[[bytes, str, ObjectCacheError | None], None],
+        saved: Callable[[SaveResult], None],
     ) -> None:
         self._loop = loop
         self._store = store
         self._layout = layout
-        self._ring = ring
         self._slot_view = slot_view
         self._saved = saved
         self._breaker = Breaker()
@@ -47,7 +56,7 @@ class Saver:
             self._spoilt.popitem(last=False)
 
     def save(self, key: str, chunk_hash: bytes, slot: int) -> None:
-        """Seal and upload a slot whose pages are final, then give the slot back. From any thread."""
+        """Seal and upload a slot whose pages are final. From any thread."""
         self._loop.call(self._start, key, chunk_hash, slot)
 
     async def drain(self) -> None:
@@ -93,5 +102,4 @@ class Saver:
             error = Unavailable("the engine stopped before the upload ended.")
             raise
         finally:
-            self._ring.release([slot])
-            self._saved(chunk_hash, outcome, error)
+            self._saved(SaveResult(slot, chunk_hash, outcome, error))

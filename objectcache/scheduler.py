@@ -4,7 +4,6 @@ vLLM calls from one thread and must never be held up: lookups run on a loop of t
 polled. What to answer about one request is decided in admission.py; here its events are gathered.
 """
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,10 +13,10 @@ from objectcache import keys
 from objectcache.admission import Admission, Load, Phase, Stream, loadable
 from objectcache.breaker import Breaker
 from objectcache.config import Options
-from objectcache.errors import Misconfigured, ObjectCacheError, Unavailable
+from objectcache.errors import Misconfigured, ObjectCacheError
 from objectcache.index import KnownChunks
 from objectcache.keys import ChunkChain, Namespace
-from objectcache.lookup import Lookup, LookupResult
+from objectcache.lookup import Lookup, LookupResult, check
 from objectcache.loop import LoopThread
 from objectcache.messages import (
     LoadCommand,
@@ -28,9 +27,9 @@ from objectcache.messages import (
     StreamCommand,
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
-from objectcache.report import Reporter
+from objectcache.report import Reporter, log
 from objectcache.stores import open_store
-from objectcache.stores.base import Store
+from objectcache.timely import Timely
 
 CHECK_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
@@ -91,6 +90,7 @@ class SchedulerHalf:
         saves: bool,
         local_prefixes: bool,
         stage_chunks: int | None = None,
+        timely: Timely | None = None,
     ) -> None:
         self._options = options
         self._namespace = namespace
@@ -101,6 +101,8 @@ class SchedulerHalf:
         self._saves = saves and options.save
         self._local_prefixes = local_prefixes
         self._stage_chunks = stage_chunks
+        self._timely = timely
+        self._step = 0
         self._requests: dict[str, Tracked] = {}
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
         self._breaker = Breaker()
@@ -122,7 +124,7 @@ class SchedulerHalf:
     def check(self) -> None:
         """Ask the store once whether it can be used. Raises Misconfigured if that is required, else warns."""
         try:
-            self._loop.submit(_check(self._store)).result(CHECK_TIMEOUT_S + 1)
+            self._loop.submit(check(self._store, CHECK_TIMEOUT_S)).result(CHECK_TIMEOUT_S + 1)
         except ObjectCacheError as error:
             if self._options.startup_check == "require":
                 raise Misconfigured(
@@ -167,6 +169,8 @@ class SchedulerHalf:
         if admission is None:
             return 0, False
         tracked.local_tokens = local_tokens
+        if self._timely is not None and admission.staging:
+            self._admit_in_time(self._timely, tracked, now)
         answer = admission.ask(local_tokens, now, self._may_stage(tracked, local_tokens))
         if answer.stage is not None:
             self._stage(tracked, answer.stage.first, answer.stage.count)
@@ -194,7 +198,10 @@ class SchedulerHalf:
             self._stream(tracked, load, request_id, ids)
         elif isinstance(load, Load):
             assert tracked.job is not None
-            self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids))
+            coming = tracked.admission.coming
+            self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids, coming))
+            if coming:
+                self._counters.add("timely_prompts")
             self._counters.add("hit_tokens", tokens)
             self._forget_job(tracked)
 
@@ -213,6 +220,8 @@ class SchedulerHalf:
         self._take_lookups()
         commands, self._commands = self._commands, StepCommands()
         commands.namespace = (self._namespace.name, self._namespace.digest)
+        if self._timely is not None:
+            self._count_step(self._timely, commands, scheduled)
         if self._saves:
             now = time.monotonic()
             for request_id, tokens in scheduled.items():
@@ -224,6 +233,11 @@ class SchedulerHalf:
     def reported(self, report: StepReport) -> None:
         """What workers did; each rank reports for itself."""
         now = time.monotonic()
+        if self._timely is not None:
+            for step, waited in report.steps:
+                self._timely.stepped(step, waited, now)
+            for coming in report.coming:
+                self._timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for staged in report.staged:
             if staged.job not in self._jobs:
                 continue  # released meanwhile
@@ -327,6 +341,30 @@ class SchedulerHalf:
         tracked.admission.looked_up(chunks)
         self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
 
+    # ---- admission in time
+
+    def _admit_in_time(self, timely: Timely, tracked: Tracked, now: float) -> None:
+        """Let a request go whose prefix will be there when it is needed."""
+        assert tracked.job is not None and tracked.admission is not None
+        end = tracked.admission.end_of(len(tracked.job_hashes))
+        moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
+        if moment is not None and moment.due(now):
+            log.debug("objectcache: request %s: %s", tracked.request.request_id, moment.tell(now))
+            tracked.admission.due()
+
+    def _count_step(
+        self, timely: Timely, commands: StepCommands, scheduled: Mapping[str, int]
+    ) -> None:
+        self._step += 1
+        commands.step = self._step
+        contexts = {
+            name: (tokens, self._requests[name].request.num_computed_tokens)
+            for name, tokens in scheduled.items()
+            if name in self._requests
+        }
+        if len(contexts) == len(scheduled):  # else there is work of which nothing is known
+            timely.scheduled(self._step, contexts, time.monotonic())
+
     # ---- stages and streams
 
     def _may_stage(self, tracked: Tracked, local_tokens: int) -> bool:
@@ -341,7 +379,9 @@ class SchedulerHalf:
     def _stage(self, tracked: Tracked, first: int, count: int) -> None:
         job = self._new_job(tracked, first, count)
         self._jobs[job] = tracked
-        self._commands.stages.append(StageCommand(job, tracked.job_hashes))
+        if self._timely is not None:
+            self._timely.began(job, len(tracked.job_hashes), time.monotonic())
+        self._commands.stages.append(StageCommand(job, tracked.job_hashes, first))
 
     def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:
         job = self._new_job(tracked, load.first, load.count)
@@ -403,6 +443,8 @@ class SchedulerHalf:
         assert tracked.job is not None
         self._jobs.pop(tracked.job, None)  # no stream
         self._stage_reports.pop(tracked.job, None)
+        if self._timely is not None:
+            self._timely.forget(tracked.job)
         for chunk_hash in tracked.job_hashes:
             if self._bringing.get(chunk_hash) is tracked:
                 del self._bringing[chunk_hash]
@@ -448,13 +490,3 @@ class SchedulerHalf:
         if whole > len(chain.hashes):
             chain.extend(request.all_token_ids[chain.tokens : whole * self._options.chunk_tokens])
         return len(chain.hashes)
-
-
-async def _check(store: Store) -> None:
-    try:
-        async with asyncio.timeout(CHECK_TIMEOUT_S):
-            await store.check()
-    except TimeoutError:
-        raise Unavailable(
-            f"{store.name} did not answer in {CHECK_TIMEOUT_S:.0f} s.", "is the address right?"
-        ) from None

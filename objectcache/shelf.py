@@ -1,4 +1,4 @@
-"""Which chunks lie in host memory or are on their way there, and who wants them. Not the memory: see device.py; not the reading: see streamer.py.
+"""Which chunks lie in host memory or are on their way there, and who wants them. Not the memory: see slots.py; not the reading: see streamer.py.
 
 A chunk that several jobs want has one place and is read once. A place is held by its jobs, and by
 its reader as long as that may write to it; when nobody holds it, its slot is free again. What lies
@@ -36,16 +36,16 @@ class Place:
 
 
 class Shelf:
-    """Places of chunks in the load slots of a ring. It is the only one who leases those.
+    """Places of chunks in the slots of a ring. It is the only one who leases those.
 
     `apart` slots are out of reach of stage jobs; `most` is what is left to them.
     """
 
     def __init__(self, ring: Ring, apart: int = 0) -> None:
-        assert 0 <= apart <= ring.load_slots
+        assert 0 <= apart <= ring.slots
         self._ring = ring
         self._apart = apart
-        self.most = ring.load_slots - apart
+        self.most = ring.slots - apart
         self._places: dict[str, Place] = {}
         self._held: dict[int, list[Place]] = {}
         self._streams: set[int] = set()  # those of the jobs that are streams
@@ -140,7 +140,7 @@ class Shelf:
         """Lease slots for keys that have no place: those of them that are to be read. All or none."""
         lying = [key for key in keys if key in self._lying]
         unread = [key for key in keys if key not in self._lying]
-        slots = self._ring.lease_loads(len(unread), [self._lying[key] for key in lying])
+        slots = self._ring.lease(len(unread), [self._lying[key] for key in lying])
         if slots is None:
             return None
         for key, slot in zip([*lying, *unread], slots, strict=True):

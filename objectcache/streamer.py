@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from objectcache.errors import ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
-from objectcache.reading import Chunk, Reads
+from objectcache.reading import Chunk, Progress, Reads
 from objectcache.shelf import Place, Shelf, State
 from objectcache.stores.base import Store
 from objectcache.through import Through
@@ -49,7 +49,9 @@ class StageResult:
 
 
 class Streamer:
-    """`slot_view(slot)` is the memory of a slot, at least object_bytes long; `done` is called on the loop."""
+    """`slot_view(slot)` is the memory of a slot, at least object_bytes long, and `progress[slot]` how many
+    leading layers there may be used. `placed(job, slots)` is told once, when a job has its places, then
+    `done`; both on the loop."""
 
     def __init__(
         self,
@@ -60,16 +62,19 @@ class Streamer:
         slot_view: Callable[[int], memoryview],
         timeout_s: float,
         done: Callable[[StageResult], None],
+        progress: Progress,
+        placed: Callable[[int, list[int]], None] = lambda job, slots: None,
     ) -> None:
         self._loop = loop
         self._layers = len(layout.slice_bytes)
         self._shelf = shelf
         self._timeout_s = timeout_s
         self._done = done
+        self._placed = placed
         self._waiting: deque[StageJob] = deque()
         self._jobs: dict[int, StageJob] = {}
         self._successor: Streamer | None = None
-        self._reads = Reads(loop, store, layout, shelf, slot_view, self._read_ended)
+        self._reads = Reads(loop, store, layout, shelf, slot_view, self._read_ended, progress)
         self.through = Through(loop, shelf, self._reads, timeout_s, self._pump)
 
     def stage(self, job: int, keys: list[str], chunk_hashes: list[bytes]) -> None:
@@ -89,17 +94,6 @@ class Streamer:
     def succeeded_by(self, successor: "Streamer") -> None:
         """What this one still holds of the ring is soon the other's, which waits for it."""
         self._successor = successor
-
-    def layers_ready(self, job: int) -> int:
-        """How many leading layers lie verified in the slots of all the job's chunks. From any thread.
-
-        It only grows, except that it is 0 while the job waits for room and after it has reported.
-        """
-        found = self._jobs.get(job)
-        if found is None or not found.places:
-            return 0
-        coming = [found.chunks[p].verifier.verified_layers for p in found.chunks]
-        return min(coming, default=self._layers)
 
     # ---- jobs
 
@@ -133,6 +127,7 @@ class Streamer:
             self._reads.start(unread, [hashes[place.key] for place in unread])
             job.chunks = self._reads.of(places)
             job.places = places
+            self._placed(job.job, [place.slot for place in places])
             job.work = self._loop.spawn(self._run(job))
         self.through.pump(crowded=bool(self._waiting))
         if self._successor is not None:

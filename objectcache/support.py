@@ -19,6 +19,10 @@ _LAYOUTS = {
     "BHLNC": False,
 }
 _LAYOUT_ALIASES = {"NHD": "LBNHC", "HND": "LBHNC"}
+_CALLING_BACK = (
+    "vllm.model_executor.layers.attention.attention.Attention.forward",
+    "vllm.model_executor.layers.attention.mla_attention.MLAAttention.forward",
+)
 _SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 
 
@@ -177,6 +181,21 @@ def forward_layers(vllm_config: Any) -> Mapping[str, Any]:
     """vLLM's layer objects by name; empty in a process that holds no model."""
     compilation = getattr(vllm_config, "compilation_config", None)
     return getattr(compilation, "static_forward_context", None) or {}
+
+
+def layers_call_back(vllm_config: Any, layer_names: Iterable[str]) -> bool:
+    """Whether each of these layers calls the connector before and after it is computed on.
+
+    vLLM's own two kinds of layers do. Models bring others that do not (Kimi K3's MLA and MiniMax M3's
+    sparse attention in 0.32): all their KV must be there before the forward pass.
+    """
+    layers = forward_layers(vllm_config)
+    return all(_forward_of(layers.get(name)) in _CALLING_BACK for name in layer_names)
+
+
+def _forward_of(layer: Any) -> str:
+    forward = getattr(type(layer), "forward", None)
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', '')}"
 
 
 def media_is_bidirectional(vllm_config: Any) -> bool:

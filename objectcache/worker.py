@@ -1,42 +1,49 @@
 """The worker half: carries out what the scheduler half says, at vLLM's hooks. It decides nothing about requests.
 
-vLLM calls from one thread; reads and uploads run on a loop of their own. Everything the hooks do
+vLLM calls from one thread; what moves bytes (mover.py) runs beside it. Everything the hooks do
 is a lookup, a copy or an event: none waits for the store.
 """
 
-import threading
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import torch
 
-from objectcache import keys
 from objectcache.config import Options
-from objectcache.device import Copies, HostSlots, Run, open_copies
+from objectcache.device import Copies, Run, open_copies
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError
 from objectcache.format import ObjectLayout
-from objectcache.loop import LoopThread
+from objectcache.late import Coming as LateLoad
+from objectcache.late import Late
 from objectcache.messages import (
+    Coming,
     LoadCommand,
     SaveCommand,
     Saved,
-    StageCommand,
     Staged,
     StepCommands,
     StepReport,
-    StreamCommand,
     Streamed,
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
+from objectcache.mover import Arrived, Berth, LocalMover, Mover, Placed
+from objectcache.mover_process import MoverProcess
+from objectcache.movers import Movers, most_chunks
+from objectcache.movers import split as split_berth
 from objectcache.parked import Parked, split
 from objectcache.report import Reporter, log
-from objectcache.ring import Ring
-from objectcache.saver import Saver
-from objectcache.shelf import Shelf
-from objectcache.stores import open_store
-from objectcache.streamer import StageResult, Streamer
-from objectcache.through import StreamResult
+from objectcache.ring import Ring, shares
+from objectcache.saver import SaveResult
+from objectcache.slots import HostSlots
+from objectcache.streamer import StageResult
 
-CLOSE_TIMEOUT_S = 1.0
+# Of 16 cores, plain http, 224 chunks of 32 MiB: one process with 8 threads brought 8.7 GB/s, two 13.5;
+# with 4 threads one brought 6.7, two 10.7, four 16.0.
+CORES = len(os.sched_getaffinity(0))
+PROCESSES_MAX = 4
+THREADS = min(4, max(1, CORES // 2))  # of each, that receive bodies
 STREAM_SHARE = 8  # one load slot in eight is for streams, one at least
 
 
@@ -46,6 +53,7 @@ class WorkerHalf:
     `shard` of `shards` is the part of each chunk that this rank reads; `writes` is whether it also
     writes it (of ranks with equal KV only one does). `streams` is whether vLLM computes what an
     asynchronous load did not bring: only then such loads are made, and part of the ring is theirs.
+    `neighbours` is how many workers share this host, itself included.
     """
 
     def __init__(
@@ -58,6 +66,7 @@ class WorkerHalf:
         shards: int,
         writes: bool,
         streams: bool = False,
+        neighbours: int = 1,
     ) -> None:
         self._options = options
         self._layers = {name: at for at, name in enumerate(layer_names)}
@@ -72,42 +81,42 @@ class WorkerHalf:
             shards=shards,
             slice_bytes=tuple(page.shape[1] * chunk_blocks for page in pages),
         )
-        self._ring = _ring_for(options, self._layout.object_bytes)
-        apart = max(1, self._ring.load_slots // STREAM_SHARE) if streams else 0
-        self._shelf = Shelf(self._ring, apart)
-        self._slots = HostSlots(
-            self._ring.slots, self._layout.object_bytes, pinned=self._pages[0].is_cuda
-        )
+        loads, saves = shares(_slots_of(options, self._layout.object_bytes))
+        self._save_ring = Ring(saves)
+        apart = max(1, len(loads) // STREAM_SHARE) if streams else 0
         self._namespace: tuple[str, bytes] = ("", b"")
         self._commands = StepCommands()
         self._staged: dict[int, list[int]] = {}  # job -> slots, reported and not yet released
         self._loading: set[int] = set()  # jobs whose slots are being copied to pages
         self._given_up: set[int] = set()  # jobs released before they reported
-        # save -> who will upload it, key, hash, slot; the namespace may change meanwhile
-        self._saving: dict[int, tuple[Saver, str, bytes, int]] = {}
+        # save -> the namespace's name (it may change meanwhile), hash, slot
+        self._saving: dict[int, tuple[str, bytes, int]] = {}
         self._next_save = 0
-        self._dropped: list[Saved] = []
-        self._lock = threading.Lock()  # guards what the loop's callbacks leave behind:
-        self._results: list[StageResult] = []
-        self._saved: list[Saved] = []
+        self._reports = StepReport()
         self._counters = Counters()
         self._reporter = Reporter()
         self._store_seen = dict.fromkeys(STORE_COUNTERS, 0)
         # All that is slow to make is made now, in a start-up that is slow anyway: not in a step.
+        berth = Berth(
+            options,
+            self._layout,
+            loads.stop + len(saves),
+            loads,
+            apart,
+            populate=self._pages[0].is_cuda,
+        )
+        self._slots, self._mover, self._stage_chunks = _open_mover(berth, neighbours)
         self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
-        self._parked = Parked(self._copies, chunk_blocks)
-        self._streamed: list[Streamed] = []
+        self._parked = Parked(self._copies, self._mover, chunk_blocks)
         self._failed_blocks: set[int] = set()
-        self._store = open_store(options)
-        self._loop: LoopThread | None = LoopThread("objectcache-worker")
-        self._enter(self._loop, self._namespace, None)
-        self._loop.call(lambda loop: loop.spawn(self._open_store()), self._loop)
-
-    async def _open_store(self) -> None:
-        try:
-            await self._store.open()
-        except ObjectCacheError:
-            log.debug("objectcache: the store is not ready yet")  # the scheduler half says why
+        self._placed: dict[int, list[int]] = {}  # job -> slots to which its chunks come, or came
+        self._late = Late(
+            self._slots.progress,
+            len(self._pages),
+            options.late_timeout_ms / 1000,
+            self._hear,
+        )
+        self._closed = False
 
     # ---- hooks of a step, in their order
 
@@ -120,13 +129,13 @@ class WorkerHalf:
             if job not in never_mind:
                 self._release(job)
         if commands.namespace[0] and commands.namespace != self._namespace:
-            assert self._loop is not None, "vLLM steps a worker that was shut down"
-            self._enter(self._loop, commands.namespace, self._streamer)
+            self._namespace = commands.namespace
+            self._mover.enter(*commands.namespace)
         for stage in commands.stages:
             if stage.job not in never_mind:
-                self._stage(stage)
+                self._mover.stage(stage.job, stage.chunk_hashes, stage.first)
         for stream in commands.streams:
-            self._stream(stream)
+            self._parked.begin(stream)
         for job in commands.stops:
             self._parked.stop(job)
 
@@ -135,7 +144,8 @@ class WorkerHalf:
         loads, self._commands.loads = self._commands.loads, []
         if not loads:
             return
-        self._copies.submit_loads([(load.job, self._runs(load)) for load in loads])
+        runs = [(load.job, self._runs(load)) for load in loads]
+        self._copies.submit_loads(runs, self._late if self._late.jobs() else None)
         if not hooks_fire:
             self._copies.wait_all()
 
@@ -149,6 +159,7 @@ class WorkerHalf:
     def end_forward(self) -> None:
         """After the forward pass: finish the loads, start the step's saves, copy what streams."""
         self._copies.end_step()
+        self._collect()
         saves, self._commands.saves = self._commands.saves, []
         for save in saves:
             self._save(save)
@@ -158,38 +169,54 @@ class WorkerHalf:
     def unparked(self) -> set[str]:
         """Requests whose streams ended since the last call. What did not come of them is in
         `failed_blocks`, how it went in `report`, in the same step."""
-        ended = self._parked.ended()
+        ended = self._parked.ended() if not self._closed else []
         for request in ended:
             error = request.result.error
             self._counters.add("staged_chunks", request.result.came)
             if error is not None:
                 self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
             name = type(error).__name__ if error is not None and not request.stopped else ""
-            self._streamed.append(Streamed(request.result.job, request.chunks, name))
+            self._reports.streamed.append(Streamed(request.result.job, request.chunks, name))
             self._failed_blocks.update(request.failed_blocks)
         return {request.request_id for request in ended}
 
     def failed_blocks(self) -> set[int]:
-        """Page numbers of parked requests that were not loaded. Each is named once."""
-        failed, self._failed_blocks = self._failed_blocks, set()
+        """Page numbers that were not loaded, of parked requests and of those that were admitted before
+        all was there. Each is named once."""
+        failed = self._failed_blocks | self._late.failed_blocks
+        self._failed_blocks, self._late.failed_blocks = set(), set()
         return failed
 
     def report(self) -> StepReport | None:
         """What happened since the last call, for the scheduler half."""
         self._collect()
-        with self._lock:
-            results, self._results = self._results, []
-            saved, self._saved = self._saved + self._dropped, []
-        self._dropped = []
-        staged = [report for result in results if (report := self._settle(result)) is not None]
-        for outcome in saved:
-            self._counters.add(_SAVE_COUNTER[outcome.outcome])
-        streamed, self._streamed = self._streamed, []
-        return StepReport(staged, saved, streamed) if staged or saved or streamed else None
+        report, self._reports = self._reports, StepReport()
+        for saved in report.saved:
+            self._counters.add(_SAVE_COUNTER[saved.outcome])
+        if self._commands.step:
+            report.steps.append((self._commands.step, self._late.waited))
+            self._late.waited = False
+            self._commands.step = 0
+            report.coming += self._coming()
+        return report if report != StepReport() else None
+
+    def _coming(self) -> list[Coming]:
+        """How far the jobs are that have not ended."""
+        layers, found = len(self._pages), []
+        for job, slots in self._placed.items():
+            if job not in self._staged and job not in self._loading:
+                progress = self._slots.progress[slots]
+                ready = int(progress.min(initial=layers))
+                found.append(Coming(job, len(slots), ready, int(progress.sum(dtype=int))))
+        return found
 
     def stats(self) -> ObjectCacheStats | None:
+        self._counters.add("waited_layers", self._late.waits)
+        self._counters.add("failed_prompts", self._late.lost)
+        self._late.waits = self._late.lost = 0
+        counters = self._mover.counters
         for name in STORE_COUNTERS:
-            now = getattr(self._store.counters, name)
+            now = getattr(counters, name)
             self._counters.add(name, now - self._store_seen[name])
             self._store_seen[name] = now
         return self._counters.take()
@@ -197,155 +224,134 @@ class WorkerHalf:
     @property
     def stage_chunks(self) -> int:
         """Most chunks that one job can stage."""
-        return self._shelf.most
+        return self._stage_chunks
+
+    @property
+    def slice_bytes(self) -> tuple[int, ...]:
+        """Of each layer of a chunk."""
+        return self._layout.slice_bytes
 
     @property
     def leased_slots(self) -> int:
         """Ring slots in use; zero when nothing is under way."""
-        return self._ring.leased
+        return self._mover.leased + self._save_ring.leased
 
     def shutdown(self) -> None:
         """Let uploads end for a while, then stop everything. Idempotent."""
-        if self._loop is None:
+        if self._closed:
             return
-        loop, self._loop = self._loop, None
+        self._closed = True
         self._copies.finish()
-        self._hand_over_saves(loop)
-        _drain(loop, self._saver, self._options.shutdown_drain_ms / 1000)
-        loop.stop(self._store.close(), CLOSE_TIMEOUT_S)
-        self._abandon()
-
-    def _abandon(self) -> None:
-        """Nothing runs any more: slots that somebody would have asked for go back unused."""
-        with self._lock:
-            held = {result.job for result in self._results}
-            self._results = []
-        held |= self._staged.keys() | self._loading
-        self._staged, self._loading = {}, set()
-        for job in held:
-            self._streamer.release(job)
-        self._parked.abandon()
+        self._hand_over_saves()
+        self._mover.close(self._options.shutdown_drain_ms / 1000)
+        self._hear()
+        for _, _, slot in self._saving.values():
+            self._save_ring.release([slot])
+        self._saving.clear()
+        self._slots.close()
 
     # ---- commands
 
-    def _enter(
-        self, loop: LoopThread, namespace: tuple[str, bytes], before: Streamer | None
-    ) -> None:
-        """The scheduler half named the namespace (again, after a reset): objects from now on bear it."""
-        layout = ObjectLayout(
-            namespace[1] or bytes(32),
-            self._layout.chunk_tokens,
-            self._layout.block_tokens,
-            self._layout.shard,
-            self._layout.shards,
-            self._layout.slice_bytes,
-        )
-        self._layout, self._namespace = layout, namespace
-        streamer = Streamer(
-            loop,
-            self._store,
-            layout,
-            self._shelf,
-            self._slots.view,
-            self._options.stage_timeout_ms / 1000,
-            self._on_staged,
-        )
-        if before is not None:
-            before.succeeded_by(streamer)
-        self._streamer = streamer
-        self._saver = Saver(loop, self._store, layout, self._ring, self._slots.view, self._on_saved)
-
-    def _key(self, chunk_hash: bytes) -> str:
-        return keys.object_key(
-            self._namespace[0], chunk_hash, self._layout.shard, self._layout.shards
-        )
-
-    def _stage(self, stage: StageCommand) -> None:
-        names = [self._key(chunk_hash) for chunk_hash in stage.chunk_hashes]
-        self._streamer.stage(stage.job, names, stage.chunk_hashes)
-
-    def _stream(self, stream: StreamCommand) -> None:
-        names = [self._key(chunk_hash) for chunk_hash in stream.chunk_hashes]
-        self._parked.begin(stream, names, self._streamer.through, self._on_streamed)
-
     def _release(self, job: int) -> None:
+        self._placed.pop(job, None)
         slots = self._staged.pop(job, None)
         if slots is None:
             self._given_up.add(job)
-            self._streamer.cancel(job)
+            self._mover.cancel(job)
             return
-        self._streamer.release(job)
+        self._mover.release(job)
 
     def _runs(self, load: LoadCommand) -> list[Run]:
         """A job's blocks, slot by slot."""
-        slots = self._staged.pop(load.job)  # a KeyError is a bug: fail the step, not the tokens
-        self._loading.add(load.job)
         per_slot = self._layout.chunk_blocks
         skipped, first = divmod(load.first_block, per_slot)
         chunks = split(load.block_ids, first, per_slot)
+        # A KeyError is a bug: fail the step, not the tokens.
+        if load.coming:
+            slots, staged = self._placed.pop(load.job), self._staged.pop(load.job, None)
+            blocks = [block_ids for _, block_ids in chunks]
+            used = np.array(slots[skipped : skipped + len(chunks)], np.int64)
+            self._late.begin(LateLoad(load.job, used, blocks, skipped))
+            if staged is not None:
+                self._late.ended(load.job, len(staged))
+        else:
+            slots = self._staged.pop(load.job)
+            self._placed.pop(load.job, None)
+        self._loading.add(load.job)
         return [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
 
     def _save(self, save: SaveCommand) -> None:
         if not self._writes:
             return
-        slot = self._ring.lease_save()
-        if slot is None:
-            self._dropped.append(Saved(save.chunk_hash, "dropped"))
+        leased = self._save_ring.lease(1)
+        if leased is None:
+            self._reports.saved.append(Saved(save.chunk_hash, "dropped"))
             return
+        (slot,) = leased
         number, self._next_save = self._next_save, self._next_save + 1
-        key = self._key(save.chunk_hash)
-        self._saving[number] = (self._saver, key, save.chunk_hash, slot)
+        self._saving[number] = (self._namespace[0], save.chunk_hash, slot)
         self._copies.submit_save(number, Run(slot, 0, save.block_ids))
 
     # ---- what came back
 
     def _collect(self) -> None:
-        """Copies that ended: slots of loads go back, slots of saves go out."""
-        if self._loop is None:
+        """Copies that ended: slots of loads go back, slots of saves go out. And what the mover says."""
+        if self._closed:
             return
         for job in self._copies.loaded():
+            if not self._late.copied(job):
+                self._loading.discard(job)
+                self._mover.release(job)
+        self._hand_over_saves()
+        self._hear()
+        for job in self._late.over():
             self._loading.discard(job)
-            self._streamer.release(job)
-        self._hand_over_saves(self._loop)
+            self._mover.release(job)
 
-    def _hand_over_saves(self, loop: LoopThread) -> None:
+    def _hand_over_saves(self) -> None:
         for number in self._copies.saved():
-            saver, key, chunk_hash, slot = self._saving.pop(number)
-            saver.save(key, chunk_hash, slot)
+            namespace, chunk_hash, slot = self._saving.pop(number)
+            self._mover.save(slot, namespace, chunk_hash)
 
-    def _settle(self, result: StageResult) -> Staged | None:
-        """Account for a stage that ended; None if nobody wants it any more."""
+    def _hear(self) -> None:
+        for event in self._mover.take():
+            if isinstance(event, SaveResult):
+                self._save_ring.release([event.slot])
+                self._reports.saved.append(Saved(event.chunk_hash, event.outcome))
+                if event.error is not None:
+                    self._reporter.warn("save chunks", event.error)
+            elif isinstance(event, Placed):
+                if event.job not in self._given_up:
+                    self._placed[event.job] = event.slots
+            elif isinstance(event, StageResult):
+                self._settle(event)
+            else:
+                if not isinstance(event, Arrived):
+                    self._note(event.error)
+                self._parked.heard(event)
+
+    def _settle(self, result: StageResult) -> None:
+        """Account for a stage that ended; nobody may want it any more."""
         error = result.error
+        self._note(error)
         self._counters.add("staged_chunks", len(result.slots))
         if error is not None:
             self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
-        if result.job in self._given_up:
-            self._given_up.remove(result.job)
-            self._streamer.release(result.job)
-            return None
+        if self._late.ended(result.job, len(result.slots)):
+            return
+        if result.job in self._given_up or self._closed:
+            self._placed.pop(result.job, None)
+            self._given_up.discard(result.job)
+            self._mover.release(result.job)
+            return
         self._staged[result.job] = result.slots
-        return Staged(result.job, len(result.slots), type(error).__name__ if error else "")
+        report = Staged(result.job, len(result.slots), type(error).__name__ if error else "")
+        self._reports.staged.append(report)
 
-    def _on_streamed(self, result: StreamResult) -> None:
-        self._note(result.error, result.failed_key)
-
-    def _note(self, error: ObjectCacheError | None, failed_key: str) -> None:
-        """What a user should hear of a read that failed, and whoever saves that chunk. On the loop."""
+    def _note(self, error: ObjectCacheError | None) -> None:
+        """What a user should hear of a read that failed."""
         if error is not None and not isinstance(error, NotFound):
             self._reporter.warn("read chunks", error)
-        if isinstance(error, Corrupt):
-            self._saver.spoilt(failed_key)
-
-    def _on_staged(self, result: StageResult) -> None:
-        self._note(result.error, result.failed_key)
-        with self._lock:
-            self._results.append(result)
-
-    def _on_saved(self, chunk_hash: bytes, outcome: str, error: ObjectCacheError | None) -> None:
-        if error is not None:
-            self._reporter.warn("save chunks", error)
-        with self._lock:
-            self._saved.append(Saved(chunk_hash, outcome))
 
 
 _READ_COUNTER: dict[type, str] = {NotFound: "missing_chunks", Corrupt: "corrupt_chunks"}
@@ -357,7 +363,45 @@ _SAVE_COUNTER = {
 }
 
 
-def _ring_for(options: Options, object_bytes: int) -> Ring:
+def processes_for(neighbours: int, cores: int = CORES) -> int:
+    """One for each four cores that are a worker's own, where so many workers share a host."""
+    return min(PROCESSES_MAX, max(1, cores // 4 // max(1, neighbours)))
+
+
+def _open_mover(berth: Berth, neighbours: int) -> tuple[HostSlots, Mover, int]:
+    """The memory of the ring, what moves bytes to and from it, and most chunks that a job can stage."""
+    options, pinned = berth.options, berth.populate
+    in_memory = options.url.startswith("memory:")
+    if options.mover == "process" or (options.mover == "auto" and pinned and not in_memory):
+        try:
+            return _open_processes(berth, options.processes or processes_for(neighbours))
+        except OSError as error:
+            log.warning(
+                "objectcache moves bytes in a thread of the engine, since a process for it cannot "
+                "be had: %s",
+                error,
+            )
+    own = HostSlots(berth.slots, berth.layout.object_bytes, pinned)
+    return own, LocalMover(berth, own.view, own.progress), most_chunks([berth])
+
+
+def _open_processes(berth: Berth, count: int) -> tuple[HostSlots, Mover, int]:
+    slots = HostSlots(berth.slots, berth.layout.object_bytes, berth.populate, shared=True)
+    assert slots.descriptor is not None
+    parts = split_berth(replace(berth, threads=THREADS), count)
+    each: list[MoverProcess] = []
+    try:
+        for part in parts:
+            each.append(MoverProcess(part, slots.descriptor))
+    except OSError:
+        for mover in each:
+            mover.close(0.0)
+        slots.close()
+        raise
+    return slots, each[0] if len(each) == 1 else Movers(each), most_chunks(parts)
+
+
+def _slots_of(options: Options, object_bytes: int) -> int:
     slots = options.ring_bytes // object_bytes
     if slots < 2:
         raise Misconfigured(
@@ -365,11 +409,4 @@ def _ring_for(options: Options, object_bytes: int) -> Ring:
             "must hold two at least.",
             f"raise ring_bytes to {2 * object_bytes} or more, or lower chunk_tokens.",
         )
-    return Ring(slots)
-
-
-def _drain(loop: LoopThread, saver: Saver, timeout_s: float) -> None:
-    try:
-        loop.submit(saver.drain()).result(timeout_s)
-    except TimeoutError:
-        log.warning("objectcache: some chunks were not uploaded before the engine stopped.")
+    return slots

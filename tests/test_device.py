@@ -3,99 +3,38 @@
 import random
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
 import torch
-
-from objectcache.device import Copies, CpuCopies, CudaCopies, HostSlots, Run, open_copies
-from objectcache.format import ObjectLayout
-
-PAGE_BYTES = (64, 96, 32)
-CHUNK_BLOCKS = 4
-BLOCKS = 40
-SLOTS = 8
-LAYOUT = ObjectLayout(
-    bytes(32), CHUNK_BLOCKS * 2, 2, 0, 1, tuple(size * CHUNK_BLOCKS for size in PAGE_BYTES)
+from device_lab import (  # noqa: F401 (pytest looks for the fixture here)
+    BLOCKS,
+    CHUNK_BLOCKS,
+    LAYERS,
+    PAGE_BYTES,
+    POISON,
+    SLOTS,
+    Rig,
+    make,
+    rig_fixture,
 )
-POISON = 0xEE
+
+from objectcache.device import CpuCopies, CudaCopies, Run, open_copies
+from objectcache.slots import HostSlots
 
 
-@dataclass
-class Rig:
-    """Pages that lie apart (the stride of a block is larger than its page, as in vLLM's KV)."""
-
-    device: str
-    pages: list[torch.Tensor]
-    memory: list[torch.Tensor]
-    slots: HostSlots
-    copies: Copies
-
-    def settle(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def delay(self, where: str) -> None:
-        """Keep the `caller`'s stream or the copies' (the `bus`) busy for a while, so that what
-        does not wait for it shows. Only a GPU has streams."""
-        if not isinstance(self.copies, CudaCopies):
-            return
-        streams = [torch.cuda.current_stream()]
-        if where == "bus":
-            copies = self.copies
-            streams = [copies._load_stream, copies._save_stream, copies._chunk_stream]
-        for stream in streams:
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(100_000_000)  # cycles, about 60 ms
-
-    def fill_slots(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        shape = self.slots.tensor.shape
-        self.slots.tensor.copy_(
-            torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        )
-
-    def fill_pages(self, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        for memory in self.memory:
-            noise = torch.randint(0, 256, memory.shape, dtype=torch.uint8, generator=generator)
-            memory.copy_(noise)
-
-    def page(self, layer: int, block: int) -> bytes:
-        return self.pages[layer][block].cpu().numpy().tobytes()
-
-    def in_slot(self, layer: int, slot: int, block: int) -> bytes:
-        """The bytes of one page in a slot, found by the format's arithmetic alone."""
-        first = LAYOUT.offsets[layer] + block * PAGE_BYTES[layer]
-        return bytes(self.slots.view(slot)[first : first + PAGE_BYTES[layer]])
-
-    def snapshot(self) -> list[torch.Tensor]:
-        self.settle()
-        return [memory.cpu().clone() for memory in self.memory]
+def test_the_kind_fits_where_the_pages_are() -> None:
+    assert isinstance(make("cpu").copies, CpuCopies)
+    if torch.cuda.is_available():
+        rig = make("cuda")
+        assert isinstance(open_copies(rig.pages, rig.slots, rig.layout), CudaCopies)
 
 
-def make(device: str, seed: int = 0) -> Rig:
-    memory = [torch.full((BLOCKS, 3, size), POISON, dtype=torch.uint8) for size in PAGE_BYTES]
-    memory = [tensor.to(device) for tensor in memory]
-    pages = [tensor[:, 1, :] for tensor in memory]
-    assert all(page.stride(0) > page.shape[1] for page in pages)
-    slots = HostSlots(SLOTS, LAYOUT.object_bytes, pinned=device == "cuda")
-    rig = Rig(device, pages, memory, slots, open_copies(pages, slots, LAYOUT))
-    rig.fill_slots(seed)
-    return rig
-
-
-@pytest.fixture(params=["cpu", "cuda"])
-def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
-    if request.param == "cuda" and not torch.cuda.is_available():
+def test_opening_changes_no_page() -> None:
+    if not torch.cuda.is_available():
         pytest.skip("no GPU here")
-    made = make(request.param)
-    assert isinstance(made.copies, CudaCopies if request.param == "cuda" else CpuCopies)
-    if made.device == "cuda":
-        warm_up(made)
-    yield made
-    made.copies.finish()
+    for lie in PAGE_BYTES:
+        for memory in make("cuda", lie).snapshot():
+            assert bool((memory == POISON).all())
 
 
 def soon(take: "object", count: int) -> list[int]:
@@ -107,23 +46,9 @@ def soon(take: "object", count: int) -> list[int]:
     return named
 
 
-def warm_up(rig: Rig) -> None:
-    """First use allocates pinned memory, for which the driver waits for all streams."""
-    load_all(rig, [(0, [Run(0, 0, [0, 1, 2, 3])])])
-    for save in range(SLOTS):
-        rig.copies.submit_save(save, Run(0, 0, [0, 1, 2, 3]))
-    assert len(soon(rig.copies.saved, SLOTS)) == SLOTS
-    for chunk in range(SLOTS):
-        rig.copies.submit_chunk((0, chunk), Run(0, 0, [0, 1, 2, 3]))
-    assert len(soon(rig.copies.chunks_loaded, SLOTS)) == SLOTS
-    for memory in rig.memory:
-        memory.fill_(POISON)
-    rig.settle()
-
-
 def load_all(rig: Rig, loads: list[tuple[int, list[Run]]]) -> None:
     rig.copies.submit_loads(loads)
-    for layer in range(len(PAGE_BYTES)):
+    for layer in range(LAYERS):
         rig.copies.wait_layer(layer)
     rig.copies.end_step()
     assert sorted(soon(rig.copies.loaded, len(loads))) == sorted(job for job, _ in loads)
@@ -134,11 +59,12 @@ def check_loaded(rig: Rig, before: list[torch.Tensor], runs: list[Run]) -> None:
     expected = [memory.clone() for memory in before]
     for run in runs:
         for at, block in enumerate(run.block_ids):
-            for layer in range(len(PAGE_BYTES)):
+            for layer in range(LAYERS):
                 stored = rig.in_slot(layer, run.slot, run.first_block + at)
-                expected[layer][block, 1] = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
-    for layer, now in enumerate(rig.snapshot()):
-        assert torch.equal(now, expected[layer]), f"layer {layer}"
+                page = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+                rig.place(expected, layer, block).copy_(page)
+    for at, now in enumerate(rig.snapshot()):
+        assert torch.equal(now, expected[at]), f"memory {at}"
 
 
 def test_a_whole_chunk_into_scattered_pages(rig: Rig) -> None:
@@ -186,10 +112,10 @@ def test_saves_take_the_pages_and_nothing_else(rig: Rig) -> None:
     rig.copies.submit_save(9, Run(2, 0, blocks))
     assert soon(rig.copies.saved, 1) == [9]
     expected = before.clone()
-    for layer, size in enumerate(PAGE_BYTES):
+    for layer, size in enumerate(rig.sizes):
         for at, block in enumerate(blocks):
-            first = LAYOUT.offsets[layer] + at * size
-            expected[2, first : first + size] = pages[layer][block, 1]
+            first = rig.layout.offsets[layer] + at * size
+            expected[2, first : first + size] = rig.place(pages, layer, block)
     assert torch.equal(rig.slots.tensor, expected)
     assert all(torch.equal(a, b) for a, b in zip(rig.snapshot(), pages, strict=True))
 
@@ -218,7 +144,7 @@ def test_a_save_takes_what_the_callers_stream_wrote_before_and_not_what_it_write
         memory.fill_(0)
     assert soon(rig.copies.saved, SLOTS) == list(range(SLOTS))
     for slot in range(SLOTS):
-        pages = bytes(rig.slots.view(slot))[LAYOUT.header_bytes :]
+        pages = bytes(rig.slots.view(slot))[rig.layout.header_bytes :]
         assert pages == b"\x07" * len(pages), f"slot {slot}"
 
 
@@ -277,7 +203,7 @@ def test_waiting_again_does_nothing(rig: Rig) -> None:
     rig.copies.wait_all()
     rig.copies.end_step()
     rig.settle()
-    assert rig.page(0, 6) == b"\x01" * PAGE_BYTES[0]
+    assert rig.page(0, 6) == b"\x01" * rig.sizes[0]
     assert rig.page(0, 7) == rig.in_slot(0, 1, 1)
     assert soon(rig.copies.loaded, 1) == [1]
 
@@ -346,8 +272,8 @@ def test_a_chunk_is_named_when_its_slot_is_not_read_any_more(rig: Rig) -> None:
     assert soon(rig.copies.chunks_loaded, 1) == [(1, 0)]
     rig.slots.tensor.fill_(0)
     rig.settle()
-    for layer, size in enumerate(PAGE_BYTES):
-        first = LAYOUT.offsets[layer]
+    for layer, size in enumerate(rig.sizes):
+        first = rig.layout.offsets[layer]
         stored = bytes(before[2, first : first + 4 * size].numpy())
         assert b"".join(rig.page(layer, block) for block in (6, 7, 8, 9)) == stored
 
@@ -387,18 +313,121 @@ def test_many_steps_one_after_the_other(rig: Rig) -> None:
     assert rig.copies.loaded() == []
 
 
-def test_more_than_fits_the_staging_buffer(rig: Rig) -> None:
-    """A GPU takes the runs in batches then."""
-    if isinstance(rig.copies, CudaCopies):
-        rig.copies._load_staging = rig.copies._load_staging[: 2 * max(LAYOUT.slice_bytes)]
+@pytest.mark.parametrize("slow", ["caller", "bus"])
+def test_more_than_fits_the_staging_buffer(rig: Rig, slow: str) -> None:
+    """A GPU takes the runs in batches then, and waits for its own staging."""
     before = rig.snapshot()
     ids = random.Random(6).sample(range(BLOCKS), BLOCKS)
     runs = [Run(at % SLOTS, 0, ids[4 * at : 4 * at + 4]) for at in range(BLOCKS // 4)]
-    load_all(rig, [(1, runs[:5]), (2, runs[5:])])
+    rig.delay(slow)
+    for chunk, run in enumerate(runs[7:]):
+        rig.copies.submit_chunk((3, chunk), run)
+    load_all(rig, [(1, runs[:5]), (2, runs[5:7])])
+    assert len(soon(rig.copies.chunks_loaded, len(runs[7:]))) == len(runs[7:])
     check_loaded(rig, before, runs)
 
 
-def test_slots_do_not_overlap() -> None:
+# ---- saves that begin while the step computes
+
+
+def all_blocks(slot: int) -> list[int]:
+    return [4 * slot, 4 * slot + 1, 4 * slot + 2, 4 * slot + 3]
+
+
+def write_layer(rig: Rig, layer: int, value: int) -> None:
+    rig.pages[layer][:] = value
+
+
+def check_saved(rig: Rig, slot: int, values: list[int]) -> None:
+    for layer, value in enumerate(values):
+        for block in range(CHUNK_BLOCKS):
+            assert rig.in_slot(layer, slot, block) == bytes([value]) * rig.sizes[layer], (
+                f"slot {slot}, layer {layer}, block {block}"
+            )
+
+
+@pytest.mark.parametrize("slow", ["caller", "bus"])
+@pytest.mark.parametrize("hooked", [[0, 1, 2], [0], [2, 1], []])
+def test_a_layer_is_saved_as_its_hook_left_it(rig: Rig, slow: str, hooked: list[int]) -> None:
+    """Layers whose hook does not fire are saved as they are after the forward pass. What the next
+    step does to the pages does not show."""
+    rig.delay(slow)
+    for layer in range(LAYERS):
+        write_layer(rig, layer, 10 + layer)
+    assert not rig.copies.saving
+    rig.copies.begin_saves([(save, Run(save, 0, all_blocks(save))) for save in range(SLOTS)])
+    assert rig.copies.saving
+    for layer in hooked:
+        rig.copies.save_layer(layer)
+        rig.copies.save_layer(layer)
+    for layer in set(range(LAYERS)) - set(hooked):
+        write_layer(rig, layer, 20 + layer)
+    rig.copies.end_saves()
+    for layer in range(LAYERS):
+        write_layer(rig, layer, 0)
+    assert sorted(soon(rig.copies.saved, SLOTS)) == list(range(SLOTS))
+    for slot in range(SLOTS):
+        check_saved(rig, slot, [10 + at if at in hooked else 20 + at for at in range(LAYERS)])
+    assert not rig.copies.saving and rig.copies.saved() == []
+
+
+def test_no_save_is_named_before_the_step_ends(rig: Rig) -> None:
+    rig.copies.begin_saves([(1, Run(0, 0, [0, 1, 2, 3]))])
+    for layer in range(LAYERS):
+        rig.copies.save_layer(layer)
+    rig.settle()
+    assert rig.copies.saved() == []
+    rig.copies.end_saves()
+    assert soon(rig.copies.saved, 1) == [1]
+
+
+def test_steps_without_saves_save_nothing(rig: Rig) -> None:
+    before = rig.slots.tensor.clone()
+    rig.copies.begin_saves([])
+    rig.copies.save_layer(1)
+    rig.copies.end_saves()
+    rig.settle()
+    assert rig.copies.saved() == [] and torch.equal(rig.slots.tensor, before)
+
+
+@pytest.mark.parametrize("slow", ["caller", "bus"])
+def test_blocks_of_a_save_are_loaded_into_at_once(rig: Rig, slow: str) -> None:
+    """vLLM frees a request's blocks after its last step, and gives them to one with a hit."""
+    rig.delay(slow)
+    for layer in range(LAYERS):
+        write_layer(rig, layer, 5)
+    for save in range(4):
+        rig.copies.submit_save(save, Run(save, 0, all_blocks(save)))
+    before = [memory.cpu().clone() for memory in rig.memory] if slow == "caller" else None
+    runs = [Run(4 + at, 0, all_blocks(at)) for at in range(3)]
+    rig.copies.submit_chunk((1, 0), runs[0])
+    rig.copies.submit_loads([(2, runs[1:])])
+    rig.copies.wait_all()
+    rig.copies.end_step()
+    assert soon(rig.copies.saved, 4) == [0, 1, 2, 3]
+    for slot in range(4):
+        check_saved(rig, slot, [5, 5, 5])
+    assert soon(rig.copies.loaded, 1) == [2] and soon(rig.copies.chunks_loaded, 1) == [(1, 0)]
+    if before is not None:
+        check_loaded(rig, before, runs)
+
+
+@pytest.mark.parametrize("slot_bytes", [100, 101])
+@pytest.mark.parametrize("shared", [False, True])
+def test_slots_do_not_overlap(shared: bool, slot_bytes: int) -> None:
+    slots = HostSlots(3, slot_bytes, pinned=False, shared=shared)
+    slots.progress[:] = 0xFFFF
+    for slot in range(3):
+        assert not slots.view(slot).readonly and len(slots.view(slot)) == slot_bytes
+        slots.view(slot)[:] = bytes([slot]) * slot_bytes
+    assert [set(slots.view(slot)) for slot in range(3)] == [{0}, {1}, {2}]
+    assert slots.tensor[2].tolist() == [2] * slot_bytes and set(slots.progress) == {0xFFFF}
+    slots.close()
+    slots.close()
+    assert slots.descriptor is None and set(slots.view(1)) == {1}
+
+
+def test_slots_are_where_the_copies_look_for_them() -> None:
     slots = HostSlots(4, 100, pinned=False)
     for slot in range(4):
         slots.view(slot)[:] = bytes([slot]) * 100

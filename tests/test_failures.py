@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 from fakes import eventually
 from fault_server import Fault, FaultProxy, Request, cut
+from sick_server_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    model_fixture,
+    proxy_fixture,
+)
 from toy_engine import ToyEngine, prompt
 
-from benchmarks.servers import seaweedfs
-from benchmarks.tiny_model import write_model
+from objectcache.streamer import StageResult
 
 CHUNK = 64
 PROMPT = prompt(1000)  # 15 chunks
@@ -75,24 +78,6 @@ def warnings() -> Iterator[Warnings]:
     logger.addHandler(handler)
     yield handler
     logger.removeHandler(handler)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
-    before = dict(os.environ)
-    with (
-        seaweedfs(tmp_path_factory.mktemp("s3"), "kvcache") as server,
-        FaultProxy(server.endpoint_url) as proxy,
-    ):
-        os.environ.update(server.env)  # the engine runs in this process
-        yield proxy
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture
@@ -284,8 +269,12 @@ def test_down_between_staging_and_the_load(
     name = one.add(PROMPT)
     while not any(worker.leased_slots for worker in one.workers):
         one.step()
+
     # Until all is staged, though the scheduler has not heard of it.
-    assert eventually(lambda: all(w.connector._worker._results for w in one.workers))
+    def staged(events: list) -> bool:
+        return any(isinstance(event, StageResult) for event in events)
+
+    assert eventually(lambda: all(staged(w.connector._worker._mover._events) for w in one.workers))
     proxy.down()
     try:
         one.run()

@@ -8,52 +8,51 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from objectcache.errors import Misconfigured
-from objectcache.ring import Ring
+from objectcache.ring import Ring, shares
 
 
 @given(st.integers(2, 5000))
 def test_loads_and_saves_share_all_slots(slots: int) -> None:
-    ring = Ring(slots)
-    assert ring.load_slots + ring.save_slots == slots
-    assert ring.load_slots >= 1 and ring.save_slots >= 1
-    loads = ring.lease_loads(ring.load_slots)
-    saves = [ring.lease_save() for _ in range(ring.save_slots)]
-    assert loads is not None and sorted([*loads, *saves]) == list(range(slots))
-    assert ring.lease_save() is None and ring.lease_loads(1) is None
-    assert ring.leased == slots
+    loads, saves = shares(slots)
+    assert len(loads) >= 1 and len(saves) >= 1
+    assert [*loads, *saves] == list(range(slots))
+    rings = Ring(loads), Ring(saves)
+    for ring, share in zip(rings, (loads, saves), strict=True):
+        assert ring.lease(len(share)) == list(share) and ring.leased == len(share)
+        assert ring.lease(1) is None
 
 
 @pytest.mark.parametrize("slots", [-1, 0, 1])
 def test_too_few_slots_are_refused_with_a_hint(slots: int) -> None:
     with pytest.raises(Misconfigured) as refused:
-        Ring(slots)
+        shares(slots)
     assert "ring_bytes" in refused.value.hint
 
 
 def test_all_or_none() -> None:
-    ring = Ring(8)
-    assert ring.lease_loads(ring.load_slots + 1) is None
+    ring = Ring(range(6))
+    assert ring.lease(7) is None
     assert ring.leased == 0
-    assert ring.lease_loads(0) == []
+    assert ring.lease(0) == []
 
 
 @pytest.mark.parametrize("slot", [0, 7, 8, -1])
 def test_releasing_what_is_not_leased_raises(slot: int) -> None:
-    ring = Ring(8)
+    ring = Ring(range(6))
     with pytest.raises(KeyError):
         ring.release([slot])
-    assert ring.lease_loads(ring.load_slots) == list(range(ring.load_slots))
+    assert ring.lease(6) == list(range(6))
 
 
 def test_releasing_twice_raises_and_frees_once() -> None:
-    ring = Ring(8)
-    slot = ring.lease_save()
-    assert slot is not None
+    ring = Ring(range(4, 9))
+    leased = ring.lease(1)
+    assert leased is not None
     with pytest.raises(KeyError):
-        ring.release([slot, slot])
-    leased = [ring.lease_save() for _ in range(ring.save_slots)]
-    assert None not in leased and len(set(leased)) == ring.save_slots
-    assert ring.lease_save() is None
+        ring.release(leased * 2)
+    again = ring.lease(5)
+    assert again is not None and sorted(again) == list(range(4, 9))
+    assert ring.lease(1) is None
 
 
 class Ledger(RuleBasedStateMachine):
@@ -61,31 +60,17 @@ class Ledger(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.ring = Ring(13)
+        self.ring = Ring(range(7, 20))
         self.leases: list[list[int]] = []
 
-    def held(self, save: bool) -> int:
-        return sum(
-            (slot >= self.ring.load_slots) == save for lease in self.leases for slot in lease
-        )
-
     @rule(count=st.integers(0, 14))
-    def lease_loads(self, count: int) -> None:
-        fits = count <= self.ring.load_slots - self.held(save=False)
-        slots = self.ring.lease_loads(count)
+    def lease(self, count: int) -> None:
+        fits = count <= self.ring.slots - sum(map(len, self.leases))
+        slots = self.ring.lease(count)
         assert (slots is not None) == fits
         if slots is not None:
-            assert len(slots) == count and all(slot < self.ring.load_slots for slot in slots)
+            assert len(slots) == count and all(7 <= slot < 20 for slot in slots)
             self.leases.append(slots)
-
-    @rule()
-    def lease_save(self) -> None:
-        fits = self.held(save=True) < self.ring.save_slots
-        slot = self.ring.lease_save()
-        assert (slot is not None) == fits
-        if slot is not None:
-            assert self.ring.load_slots <= slot < self.ring.slots
-            self.leases.append([slot])
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -105,8 +90,8 @@ class Ledger(RuleBasedStateMachine):
         for lease in self.leases:
             self.ring.release(lease)
         assert self.ring.leased == 0
-        loads = self.ring.lease_loads(self.ring.load_slots)
-        assert loads is not None and len(set(loads)) == self.ring.load_slots
+        slots = self.ring.lease(13)
+        assert slots is not None and sorted(slots) == list(range(7, 20))
 
 
 TestLedger = Ledger.TestCase
@@ -114,13 +99,13 @@ TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline
 
 
 def test_threads_do_not_get_each_others_slots() -> None:
-    ring = Ring(40)
+    ring = Ring(range(30))
     owner: dict[int, int] = {}
     clashes: list[int] = []
 
     def work(me: int) -> None:
         for turn in range(400):
-            slots = ring.lease_loads(turn % 7)
+            slots = ring.lease(turn % 7)
             for slot in slots or []:
                 if owner.setdefault(slot, me) != me:
                     clashes.append(slot)

@@ -32,6 +32,7 @@ MAP: dict[str, str] = {
     "moment": "",
     "worth": "",
     "sharing": "",
+    "timely": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -57,20 +58,26 @@ MAP: dict[str, str] = {
     "stores.connections": "asyncio network",
     "stores.s3_direct": "asyncio network clock files",
     "stores": "files",
+    "slots": "torch files",
+    "staging": "torch",
     "device": "torch",
     "pages": "torch vllm-late",
+    "late": "clock",
     # work on a loop
     "lookup": "asyncio threads",
     "reading": "asyncio",
     "through": "asyncio",
     "streamer": "asyncio",
     "saver": "asyncio clock",
+    "mover": "threads",
+    "mover_process": "threads clock files processes",
+    "movers": "threads",
     # the halves and the class that vLLM makes
     "messages": "vllm",
     "metrics": "vllm",
-    "parked": "threads torch vllm",
-    "scheduler": "asyncio clock vllm",
-    "worker": "threads torch vllm",
+    "parked": "torch vllm",
+    "scheduler": "clock vllm",
+    "worker": "torch vllm files",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
     # the command
@@ -81,7 +88,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing"),
+    *("compute", "arrival", "moment", "worth", "sharing", "timely"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {

@@ -11,7 +11,7 @@ from fakes import LAYOUT, ScriptedStore, chunk_hash, eventually, loop_thread, se
 from objectcache.breaker import FAILURES_TO_OPEN, FIRST_PAUSE_S
 from objectcache.errors import Denied, ObjectCacheError, Unavailable
 from objectcache.ring import Ring
-from objectcache.saver import SPOILT_MAX, Saver
+from objectcache.saver import SPOILT_MAX, Saver, SaveResult
 
 Outcome = tuple[bytes, str, ObjectCacheError | None]
 
@@ -26,22 +26,26 @@ class Rig:
     def __init__(self, loop) -> None:
         self.loop = loop
         self.store = ScriptedStore()
-        self.ring = Ring(16)
+        self.ring = Ring(range(16))
         self.memory = [bytearray(LAYOUT.object_bytes) for _ in range(16)]
         self.outcomes: queue.Queue[Outcome] = queue.Queue()
         self.saver = Saver(
             loop,
             self.store,
             LAYOUT,
-            self.ring,
             lambda slot: memoryview(self.memory[slot]),
-            lambda *outcome: self.outcomes.put(outcome),
+            self.saved,
         )
+
+    def saved(self, result: SaveResult) -> None:
+        self.ring.release([result.slot])
+        self.outcomes.put((result.chunk_hash, result.outcome, result.error))
 
     def save(self, number: int) -> int:
         """Put the pages of chunk `number` into a slot, and the slot on its way."""
-        slot = self.ring.lease_save()
-        assert slot is not None
+        leased = self.ring.lease(1)
+        assert leased is not None
+        (slot,) = leased
         body = sealed(number)
         self.memory[slot][:] = b"\x55" * LAYOUT.header_bytes + body[LAYOUT.header_bytes :]
         self.saver.save(key(number), chunk_hash(number), slot)
@@ -94,12 +98,12 @@ def test_the_slot_is_kept_until_the_upload_ends(rig: Rig) -> None:
     rig.store.script("write", key(1), gate=gate)
     slot = rig.save(1)
     assert eventually(lambda: rig.store.busy == 1)
-    free = [rig.ring.lease_save() for _ in range(rig.ring.save_slots - 1)]
-    assert slot not in free and rig.ring.lease_save() is None
+    free = rig.ring.lease(rig.ring.slots - 1)
+    assert free is not None and slot not in free and rig.ring.lease(1) is None
     gate.set()
     assert rig.outcome()[1] == "written"
     assert eventually(lambda: rig.ring.leased == len(free))
-    rig.ring.release([other for other in free if other is not None])
+    rig.ring.release(free)
 
 
 @pytest.mark.parametrize("error", [Unavailable("503."), Denied("403.")])

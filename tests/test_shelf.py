@@ -4,14 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from objectcache.ring import Ring
+from objectcache.ring import Ring, shares
 from objectcache.shelf import Place, Shelf, State
 
 KEYS = st.lists(st.sampled_from("abcdefgh"), max_size=6)
 
 
 def shelf(slots: int = 8, apart: int = 0) -> tuple[Shelf, Ring]:
-    ring = Ring(slots)
+    ring = Ring(shares(slots)[0])
     return Shelf(ring, apart), ring
 
 
@@ -112,7 +112,7 @@ class Many(RuleBasedStateMachine):
             new = len(set(keys) - usable)
             theirs = {p.key for p in staged if p.state is not State.LOST}
             assert (
-                new > self.ring.load_slots - len(busy)
+                new > self.ring.slots - len(busy)
                 or len(staged) + len(set(keys) - theirs) > self.shelf.most
             )
             return
@@ -134,7 +134,7 @@ class Many(RuleBasedStateMachine):
         alone = self.held_by(self.streams) - self.held_by(self.jobs.keys() - self.streams)
         taken = self.shelf.take_next(job, key, crowded)
         if taken is None:
-            full = len(busy) == self.ring.load_slots
+            full = len(busy) == self.ring.slots
             assert key not in usable and (full or (crowded and len(alone) >= self.APART))
             return
         place, unread = taken
@@ -195,7 +195,7 @@ class Many(RuleBasedStateMachine):
     @invariant()
     def stages_never_hold_what_is_set_apart(self) -> None:
         staged = self.held_by(self.jobs.keys() - self.streams)
-        assert len(staged) <= self.ring.load_slots - self.APART
+        assert len(staged) <= self.ring.slots - self.APART
 
     @invariant()
     def one_key_has_one_place_that_counts(self) -> None:

@@ -1,93 +1,24 @@
 """The way in: what a stage job brings, leaves out and gives back, whatever the store does."""
 
-import queue
 import threading
 import time
-from collections.abc import Iterator
 
 import pytest
-from fakes import LAYOUT, ScriptedStore, chunk_hash, eventually, loop_thread, sealed
+from fakes import LAYOUT, eventually, loop_thread, sealed
+from streamer_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    LOAD_SLOTS,
+    POISON,
+    Rig,
+    check_brought,
+    hasty_fixture,
+    key,
+    rig_fixture,
+)
 
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
 from objectcache.flow import StoreModel
-from objectcache.ring import Ring
-from objectcache.shelf import Shelf
 from objectcache.stores.base import Pace
-from objectcache.streamer import StageResult, Streamer
-
-LOAD_SLOTS = 6
-POISON = b"\xaa"
-
-
-def key(number: int) -> str:
-    return f"chunk/{number}"
-
-
-class Rig:
-    """A streamer over a scripted store; chunk n is at key(n)."""
-
-    def __init__(self, loop, timeout_s: float = 5.0, slots: int = 8) -> None:
-        self.loop = loop
-        self.store = ScriptedStore()
-        self.ring = Ring(slots)
-        assert slots != 8 or self.ring.load_slots == LOAD_SLOTS
-        self.memory = [bytearray(POISON * LAYOUT.object_bytes) for _ in range(slots)]
-        self.results: queue.Queue[StageResult] = queue.Queue()
-        self.streamer = Streamer(
-            loop,
-            self.store,
-            LAYOUT,
-            Shelf(self.ring),
-            lambda slot: memoryview(self.memory[slot]),
-            timeout_s,
-            self.results.put,
-        )
-
-    def fill(self, *numbers: int) -> None:
-        for number in numbers:
-            self.store.put(key(number), sealed(number))
-
-    def stage(self, job: int, *numbers: int) -> None:
-        self.streamer.stage(job, [key(n) for n in numbers], [chunk_hash(n) for n in numbers])
-
-    def result(self, timeout_s: float = 5.0) -> StageResult:
-        return self.results.get(timeout=timeout_s)
-
-    def give_back(self, result: StageResult) -> None:
-        self.streamer.release(result.job)
-
-    def holds(self, slot: int, number: int) -> bool:
-        return bytes(self.memory[slot]) == sealed(number)
-
-    def quiet(self) -> bool:
-        return eventually(lambda: self.ring.leased == 0 and self.store.busy == 0)
-
-
-@pytest.fixture
-def rig() -> Iterator[Rig]:
-    with loop_thread() as loop:
-        made = Rig(loop)
-        yield made
-        assert made.quiet(), "the ledger does not return to zero"
-    assert made.results.empty(), "a job reported twice, or unasked"
-
-
-@pytest.fixture
-def hasty() -> Iterator[Rig]:
-    """A rig whose jobs have 0.15 s."""
-    with loop_thread() as loop:
-        made = Rig(loop, timeout_s=0.15)
-        yield made
-        assert made.quiet(), "the ledger does not return to zero"
-    assert made.results.empty(), "a job reported twice, or unasked"
-
-
-def check_brought(rig: Rig, result: StageResult, *numbers: int) -> None:
-    """The job brought exactly these chunks; give them back."""
-    assert len(result.slots) == len(numbers)
-    assert all(rig.holds(slot, number) for slot, number in zip(result.slots, numbers, strict=True))
-    assert rig.ring.leased >= len(numbers)
-    rig.give_back(result)
+from objectcache.streamer import StageResult
 
 
 def test_all_chunks_come_verified_in_prefix_order(rig: Rig) -> None:
@@ -292,15 +223,23 @@ def test_a_layer_is_ready_when_all_chunks_have_it(rig: Rig) -> None:
     layers = len(LAYOUT.slice_bytes)
     rig.store.script("read", key(1), gate=gates[0], landing=LAYOUT.slice_of(1).stop)
     rig.store.script("read", key(2), gate=gates[1], landing=LAYOUT.slice_of(0).stop)
-    assert rig.streamer.layers_ready(1) == 0
     rig.stage(1, 1, 2)
-    assert eventually(lambda: rig.streamer.layers_ready(1) == 1)
+    assert eventually(lambda: 1 in rig.placed)
+
+    assert eventually(lambda: rig.ready(1) == 1)
     gates[1].set()
-    assert eventually(lambda: rig.streamer.layers_ready(1) == 2)
+    assert eventually(lambda: rig.ready(1) == 2)
     assert rig.results.empty() and layers > 2
     gates[0].set()
     check_brought(rig, rig.result(), 1, 2)
-    assert rig.streamer.layers_ready(1) == 0
+    assert rig.ready(1) == layers
+    rig.stage(3, 1, 2)  # they lie there still
+    check_brought(rig, rig.result(), 1, 2)
+    assert rig.ready(3) == layers
+    rig.stage(4, 5, 6, 7, 8, 9, 10)
+    missing = rig.result()
+    assert not missing.slots and rig.ready(4) == 0
+    rig.give_back(missing)
 
 
 def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
@@ -367,7 +306,7 @@ def test_a_job_larger_than_the_ring_brings_what_fits(rig: Rig) -> None:
 
 def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
     hasty.fill(1, 2)
-    slots = hasty.ring.lease_loads(LOAD_SLOTS)
+    slots = hasty.ring.lease(LOAD_SLOTS)
     hasty.stage(1, 1)
     hasty.stage(2, 2)
     for job in (1, 2):
@@ -381,7 +320,7 @@ def test_a_job_that_finds_no_room_in_time_says_so(hasty: Rig) -> None:
 
 def test_a_job_that_gives_up_waiting_lets_the_next_go(hasty: Rig) -> None:
     hasty.fill(1, 2)
-    slots = hasty.ring.lease_loads(LOAD_SLOTS - 1)
+    slots = hasty.ring.lease(LOAD_SLOTS - 1)
     hasty.stage(1, 1, 2)
     time.sleep(0.1)
     hasty.stage(2, 2)
@@ -467,7 +406,7 @@ def test_cancel_after_the_report_leaves_the_slots_to_the_caller(rig: Rig) -> Non
 
 def test_cancel_of_a_waiting_job_lets_the_next_go(rig: Rig) -> None:
     rig.fill(1, 2)
-    slots = rig.ring.lease_loads(LOAD_SLOTS - 1)
+    slots = rig.ring.lease(LOAD_SLOTS - 1)
     rig.stage(1, 1, 2)
     rig.stage(2, 2)
     rig.streamer.cancel(1)

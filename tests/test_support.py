@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from engine_configs import changed, engine_config, kv_cache_config, layer_spec, save_tiny_model
 
-from objectcache.support import refusal
+from objectcache.support import layers_call_back, refusal
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +163,38 @@ def test_a_layer_that_shares_anothers_cache_is_refused(base: Any) -> None:
     layer = Fake(kv_sharing_target_layer_name="model.layers.0")
     config.compilation_config = Fake(static_forward_context={"model.layers.1": layer})
     assert "model.layers.1 shares" in (refusal(config, kv_cache_config()) or "")
+
+
+# ---- layers that call the connector
+
+
+def with_layers(layers: dict[str, Any]) -> Fake:
+    return Fake(compilation_config=Fake(static_forward_context=layers))
+
+
+def made(kind: type) -> Any:
+    return kind.__new__(kind)
+
+
+def test_vllms_own_layers_call_back() -> None:
+    """By their hooks a load overlaps with the forward pass."""
+    from vllm.model_executor.layers.attention import Attention, CrossAttention, MLAAttention
+
+    layers = {"a": made(Attention), "b": made(MLAAttention), "c": made(CrossAttention)}
+    assert layers_call_back(with_layers(layers), ["a", "b"])
+    assert not layers_call_back(with_layers(layers), ["a", "not there"])
+    assert not layers_call_back(with_layers({}), ["a"])
+
+
+def test_a_models_own_layers_may_not_call_back() -> None:
+    from vllm.model_executor.layers.attention import Attention
+
+    class Sparse(Attention):
+        def forward(self) -> None: ...
+
+    class Inherits(Attention): ...
+
+    layers = {"a": made(Attention), "b": made(Sparse), "c": made(Inherits), "d": Fake()}
+    assert layers_call_back(with_layers(layers), ["a", "c"])
+    assert not layers_call_back(with_layers(layers), ["a", "b"])
+    assert not layers_call_back(with_layers(layers), ["d"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
 from objectcache.loop import LoopThread
-from objectcache.ring import Ring
+from objectcache.ring import Ring, shares
 from objectcache.shelf import Shelf
 from objectcache.streamer import StageResult, Streamer
 from objectcache.through import StreamResult
@@ -43,7 +43,7 @@ class Rig:
 
     def __init__(self, loop: LoopThread, timeout_s: float = 5.0, slots: int = 4) -> None:
         self.loop, self.store = loop, ScriptedStore()
-        self.ring = Ring(slots)
+        self.ring = Ring(shares(slots)[0])
         self.memory = [bytearray(LAYOUT.object_bytes) for _ in range(slots)]
         self.staged: queue.Queue[StageResult] = queue.Queue()
         self.streams: dict[int, Seen] = {}
@@ -61,6 +61,7 @@ class Rig:
             lambda slot: memoryview(self.memory[slot]),
             self.timeout_s,
             self.staged.put,
+            [0] * len(self.memory),
         )
 
     def fill(self, *numbers: int) -> None:
@@ -234,7 +235,7 @@ def test_an_engine_that_copies_late_is_not_the_stores_fault(hasty: Rig) -> None:
 
 def test_no_room_in_time(hasty: Rig) -> None:
     hasty.fill(1)
-    slots = hasty.ring.lease_loads(3)
+    slots = hasty.ring.lease(3)
     result = hasty.stream(1, 1).result()
     assert isinstance(result.error, Unavailable) and "ring_bytes" in result.error.hint
     assert hasty.store.calls == []

@@ -25,8 +25,8 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 from objectcache import keys
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
-from objectcache.loop import LoopThread
 from objectcache.messages import LoadCommand, Saved, Staged, StepCommands
+from objectcache.streamer import StageResult
 from objectcache.worker import WorkerHalf
 
 # ---- the round trip
@@ -230,6 +230,11 @@ def test_a_ring_that_holds_less_than_two_chunks_is_refused() -> None:
 # ---- releases, at any time
 
 
+def ended(worker: object) -> bool:
+    """A stage has ended, and nobody has heard of it."""
+    return any(isinstance(event, StageResult) for event in worker.half._mover._events)  # type: ignore[attr-defined]
+
+
 def test_release_after_the_report(workers: Workers, url: str) -> None:
     worker = filled(workers, url, 2)
     worker.step(stages=[stage(1, 1, 2)])
@@ -253,7 +258,7 @@ def test_release_before_the_report(workers: Workers, url: str) -> None:
 def test_release_when_the_report_is_ready_but_was_not_taken(workers: Workers, url: str) -> None:
     worker = filled(workers, url, 2)
     worker.half.receive(StepCommands(worker.namespace, stages=[stage(1, 1, 2)]))
-    assert eventually(lambda: bool(worker.half._results))
+    assert eventually(lambda: ended(worker))
     worker.step(releases=[1])
     assert worker.quiet()
     assert worker.reports.staged == []
@@ -325,9 +330,9 @@ class SlowCopies(WorkerHalf):
 
     copied = False
 
-    def _hand_over_saves(self, loop: LoopThread) -> None:
+    def _hand_over_saves(self) -> None:
         if self.copied:
-            super()._hand_over_saves(loop)
+            super()._hand_over_saves()
 
 
 def test_a_save_that_outlasts_its_namespace_is_an_object_of_the_old_one(
@@ -368,7 +373,7 @@ def test_shutdown_gives_back_what_nobody_will_ask_for(workers: Workers, url: str
     worker.step(stages=[stage(1, 1, 2)])
     worker.staged(1)
     worker.half.receive(StepCommands(worker.namespace, stages=[stage(2, 3, 4)]))
-    assert eventually(lambda: bool(worker.half._results))
+    assert eventually(lambda: ended(worker))
     worker.half.receive(StepCommands(worker.namespace, stages=[stage(3, 1, 2, 3, 4)]))
     worker.half.shutdown()
     assert worker.half.leased_slots == 0
@@ -385,7 +390,7 @@ def test_all_that_runs_begins_with_the_worker_and_ends_with_it(workers: Workers,
     before = set(threading.enumerate())
     worker = workers(url)
     begun = {thread.name for thread in set(threading.enumerate()) - before}
-    assert begun == {"objectcache-worker"}
+    assert begun == {"objectcache-mover"}
     worker.step(stages=[stage(1, 1, 2)])
     worker.half.shutdown()
     assert eventually(lambda: set(threading.enumerate()) == before)

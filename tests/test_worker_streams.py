@@ -151,7 +151,7 @@ def test_what_came_for_a_stream_that_is_stopped_is_not_copied(workers: Workers, 
     reader = workers(url, streams=True)
     command = stream(1, *range(1, 13), ids=list(range(BLOCKS)))
     reader.half.receive(StepCommands(reader.namespace, streams=[command]))
-    assert eventually(lambda: len(reader.half._parked._arrived) == LOAD_SLOTS)
+    assert eventually(lambda: len(reader.half._mover._events) == LOAD_SLOTS)
     reader.step(stops=[1])
     assert reader.streamed(1) == Streamed(1, 0)
     assert not any(page.any() for page in reader.pages) and reader.quiet()

@@ -82,6 +82,7 @@ class ToyEngine:
         config.cache_config.kv_cache_layout = "LBHNC"
         self.block_tokens, self.layers = block_tokens, layers
         self.hooks_fire = hooks_fire
+        self.failure_policy = failure_policy
         self.seed = seed  # "weights": another seed gives other KV and other tokens
         self.scheduler = Scheduler(
             vllm_config=config,
@@ -252,6 +253,7 @@ class _Worker:
             for kv in self.kv.values()
         ]
         self.connector, self.place = None, None
+        self.wrong: list[tuple[set[int], str]] = []  # blocks that were not right in this step
         if config.kv_transfer_config is not None:
             self.connector = KVConnectorFactory.create_connector(
                 config, KVConnectorRole.WORKER, cache
@@ -292,6 +294,12 @@ class _Worker:
             output.finished_req_ids
         )
         result.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        # With that policy a request with one bad block ends in this step: nobody sees what came of it.
+        fails = self.engine.failure_policy == "fail"
+        for bad, where in self.wrong:
+            if not (fails and bad & result.invalid_block_ids):
+                raise WrongKV(where)
+        self.wrong.clear()
         result.kv_connector_stats = connector.get_kv_connector_stats()
         result.kv_connector_worker_meta = pickle.loads(
             pickle.dumps(connector.build_connector_worker_meta())
@@ -320,7 +328,9 @@ class _Worker:
                 seen = page[table].reshape(-1, ROW_BYTES)[:end]
                 if not torch.equal(seen, rows[layer][:end]):
                     wrong = (seen != rows[layer][:end]).any(dim=1).nonzero().flatten().tolist()
-                    raise WrongKV(f"request {name}, layer {layer}, positions {wrong[:8]} of {end}")
+                    bad = {blocks[at // self.engine.block_tokens] for at in wrong}
+                    where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
+                    self.wrong.append((bad, where))
 
     def _rows_of(self, request: Request, end: int) -> list[torch.Tensor]:
         """Layer by layer the right KV of the first `end` tokens: uint8 [end, ROW_BYTES]."""

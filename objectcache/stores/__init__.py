@@ -9,14 +9,15 @@ from objectcache.stores.base import Store
 __all__ = ["open_store"]
 
 
-def open_store(options: Options) -> Store:
+def open_store(options: Options, threads: int = 0) -> Store:
     """The store of `options.url`. No I/O yet: `check` asks whether it can be used.
 
-    May be called outside of any loop. Imports only what the URL needs.
+    `threads` may receive bodies; 0: as many as do little harm to what else the process does. May be
+    called outside of any loop. Imports only what the URL needs.
     """
     scheme, _, rest = options.url.partition("://")
     if scheme == "s3":
-        return _s3_store(options)
+        return _s3_store(options, threads)
     if scheme == "file":
         from objectcache.stores.local import LocalStore
 
@@ -31,7 +32,7 @@ def open_store(options: Options) -> Store:
     )
 
 
-def _s3_store(options: Options) -> Store:
+def _s3_store(options: Options, threads: int) -> Store:
     from objectcache.stores.s3 import S3Store
 
     library = S3Store(options)
@@ -42,6 +43,8 @@ def _s3_store(options: Options) -> Store:
     obstore = ObstoreStore(library, options)
     if options.transport == "obstore":
         return obstore
-    from objectcache.stores.s3_direct import DirectStore
+    from objectcache.stores.s3_direct import THREADS, DirectStore
 
-    return DirectStore(library, obstore, options)  # which leaves https to obstore
+    return DirectStore(
+        library, obstore, options, threads or THREADS
+    )  # which leaves https to obstore

@@ -8,7 +8,7 @@ answer or by one of the errors of `objectcache.errors`; retries happen inside.
 import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from objectcache.errors import Misconfigured
 from objectcache.flow import StoreModel
@@ -30,6 +30,11 @@ class StoreCounters:
     read_bytes: int = 0  # body bytes received, whether they were of use or not
     written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
     handed_over: int = 0  # requests that a faster data path left to the library path
+
+    def __add__(self, other: "StoreCounters") -> "StoreCounters":
+        """What both asked and moved."""
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return StoreCounters(**sums)
 
 
 def check_key(key: str) -> None:

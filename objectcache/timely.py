@@ -1,0 +1,106 @@
+"""Gathers what it takes to admit a request just in time: how far its prefix is, and how fast this engine computes. What follows from that: see arrival.py, compute.py and moment.py.
+
+Events and `now` (seconds, one clock) in, a moment out; no I/O.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from objectcache.arrival import Coming
+from objectcache.compute import ComputeModel, Costs, Work, decodes, first_pass, prefill
+from objectcache.flow import StoreModel
+from objectcache.moment import Moment, moment
+
+STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
+BUS_BYTES_PER_S = 40e9  # host to GPU, with all that goes with it
+STEPS_KEPT = 64
+
+
+@dataclass
+class _Job:
+    coming: Coming
+    chunks: int
+    ready: int = 0
+    reports: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # of ranks; joined when all did
+
+
+class Timely:
+    """`slice_bytes` of each layer of a chunk; `pass_tokens` is most that one step computes; `ranks` report."""
+
+    def __init__(
+        self,
+        slice_bytes: Sequence[int],
+        pass_tokens: int,
+        ranks: int = 1,
+        costs: Costs | None = None,
+        store: StoreModel | None = None,
+    ) -> None:
+        self._slice_bytes = tuple(slice_bytes)
+        self._pass_tokens = pass_tokens
+        self._ranks = ranks
+        self.compute = ComputeModel(costs) if costs is not None else ComputeModel()
+        self._store = store or StoreModel()
+        self._jobs: dict[int, _Job] = {}
+        self._steps: deque[tuple[int, Work, float]] = deque(maxlen=STEPS_KEPT)
+        self._heard_at = 0.0
+
+    # ---- prefixes
+
+    def began(self, job: int, chunks: int, now: float) -> None:
+        """A job of so many chunks was given to the workers."""
+        layer_bytes = [size * chunks for size in self._slice_bytes]
+        streams = min(chunks, STREAMS_MAX)
+        self._jobs[job] = _Job(Coming(layer_bytes, chunks, streams, now, self._store), chunks)
+
+    def seen(self, job: int, chunks: int, ready: int, layers: int, now: float) -> None:
+        """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`."""
+        found = self._jobs.get(job)
+        if found is None:
+            return  # admitted or released meanwhile
+        found.reports.append((chunks, ready, layers))
+        if len(found.reports) < self._ranks:
+            return
+        chunks, ready, layers = map(min, zip(*found.reports, strict=True))
+        found.reports.clear()
+        if chunks < found.chunks:
+            self.forget(job)  # there is no room for all of it
+            return
+        landed = layers * sum(self._slice_bytes) // len(self._slice_bytes)
+        found.ready = max(found.ready, ready)
+        found.coming.seen(now, landed, ready)
+
+    def forget(self, job: int) -> None:
+        self._jobs.pop(job, None)
+
+    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
+        """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
+        known that all of its chunks are right."""
+        found = self._jobs.get(job)
+        if found is None or found.ready < 1:
+            return None
+        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self._pass_tokens)
+        layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
+        copy_s = max(self._slice_bytes) * found.chunks / BUS_BYTES_PER_S
+        return moment(found.coming.arrivals(now), now, layer_s, copy_s)
+
+    # ---- steps
+
+    def scheduled(self, step: int, requests: Mapping[str, tuple[int, int]], now: float) -> None:
+        """A step computes, of each request, so many tokens behind so many."""
+        work = Work()
+        for tokens, context in requests.values():
+            one = prefill(tokens, context, self._pass_tokens) if tokens > 1 else decodes(1, context)
+            work = work.beside(one)
+        if work.tokens:
+            self._steps.append((step, work._replace(passes=1), now))
+
+    def stepped(self, step: int, waited: bool, now: float) -> None:
+        """The results of a step are there, on one rank. One that waited for layers is not timed."""
+        while self._steps and self._steps[0][0] <= step:
+            number, work, at = self._steps.popleft()
+            if number == step and not waited:
+                self.compute.timed(work, now - max(at, self._heard_at))
+        self._heard_at = now

@@ -1,0 +1,216 @@
+"""Requests admitted before all of their prefix is there: right KV, no wait that never ends, and a failed read fails one request.
+
+The prefix comes slowly from a real server; the toy engine raises on any wrong row. The decision itself
+is tested in test_moment.py, test_arrival.py and test_compute.py.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fault_server import Fault, FaultProxy, Request, cut
+from sick_server_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    model_fixture,
+    proxy_fixture,
+)
+from toy_engine import ToyEngine, prompt
+from vllm.v1.request import RequestStatus
+
+from objectcache.compute import ComputeModel, Costs, Work
+from objectcache.errors import Misconfigured
+from objectcache.flow import StoreModel
+from objectcache.moment import Moment
+from objectcache.timely import Timely
+
+CHUNK, LAYERS = 64, 24
+PROMPT = prompt(400)  # 6 chunks, each 104 KiB with its header
+SLOW = Fault(bytes_per_s=300_000)  # a chunk in 0.35 s
+Engines = Callable[..., ToyEngine]
+
+
+@pytest.fixture
+def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
+    made: list[ToyEngine] = []
+
+    def make(**more: object) -> ToyEngine:
+        extra = {
+            **{"url": "s3://kvcache/warm", "endpoint_url": proxy.url, "chunk_tokens": CHUNK},
+            # The library path tells of layers as they come, however small they are.
+            **{"ring_bytes": "8MiB", "transport": "aiobotocore", "read_timeout_ms": 500},
+            **{"admission": "just-in-time", "late_timeout_ms": 1500, "attempts": 1},
+        }
+        options = {name: more.pop(name) for name in ("ranks", "hooks_fire") if name in more}
+        made.append(
+            ToyEngine(model, extra | more, layers=LAYERS, failure_policy="fail", **options)  # type: ignore[arg-type]
+        )
+        # As if a layer took 10 ms to compute: the toy takes none, and nothing could be hidden.
+        timely = made[-1].connector._scheduler._timely
+        if timely is not None:
+            timely.compute = Slow()
+            timely._store = StoreModel(0.01, 0.03, 300e3, 1.8e6)
+        return made[-1]
+
+    yield make
+    proxy.fault = None
+    for one in made:
+        one.settle()
+        assert all(worker.leased_slots == 0 for worker in one.workers)
+        assert all(not worker.connector._worker._placed for worker in one.workers)
+        one.stop()
+
+
+class Slow(ComputeModel):
+    """A layer takes 10 ms, whatever is timed."""
+
+    def __init__(self) -> None:
+        super().__init__(Costs(pass_s=LAYERS * 0.01, token_s=0.0, pair_s=0.0, read_s=0.0))
+        for tokens in range(1, 200):  # as in an engine that has run for a while
+            super().timed(Work(1, tokens, 200.0 * tokens), LAYERS * 0.01)
+
+    def timed(self, work: Work, seconds: float) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def want(model: Path, proxy: FaultProxy) -> list[list[int]]:
+    """What an engine without a connector says; and the chunks are in the bucket."""
+    extra = {"url": "s3://kvcache/warm", "endpoint_url": proxy.url, "chunk_tokens": CHUNK}
+    one = ToyEngine(model, extra | {"ring_bytes": "8MiB"}, layers=LAYERS)
+    one.generate(PROMPT)
+    one.settle()
+    one.stop()
+    off = ToyEngine(model, None, layers=LAYERS)
+    answers = off.generate(PROMPT)
+    off.stop()
+    return answers
+
+
+class AtOnce(Timely):
+    """Admits as soon as all chunks are known to be right."""
+
+    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
+        moment = super().when(job, prompt_tokens, loaded_tokens, now)
+        return moment and replace(moment, at_s=now)
+
+
+def at_once(one: ToyEngine) -> ToyEngine:
+    scheduler = one.connector._scheduler
+    slices = one.workers[0].connector._worker.slice_bytes
+    scheduler._timely = AtOnce(slices, 4096, len(one.workers))
+    return one
+
+
+def get_is(fault: Fault) -> Callable[[Request], Fault | None]:
+    return lambda request: fault if request.method == "GET" else None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_waits_for_layers_that_are_late(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], ranks: int
+) -> None:
+    if ranks == 2:
+        warm = engine(ranks=2, admission="staged")
+        warm.generate(PROMPT)
+        warm.settle()
+    one = at_once(engine(ranks=ranks))
+    proxy.fault = get_is(SLOW)
+    name = one.add(PROMPT)
+    one.run()
+    assert [one.outputs[name]] == want and one.cached[name] == 384
+    assert one.totals["timely_prompts"] == 1 and one.totals["waited_layers"] >= 2
+    assert one.totals.get("failed_prompts", 0) == 0
+
+
+@pytest.mark.parametrize("hooks_fire", [True, False])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_request_computes_while_its_last_layers_come(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], hooks_fire: bool, ranks: int
+) -> None:
+    if ranks == 2:
+        warm = engine(ranks=2, admission="staged")
+        warm.generate(PROMPT)
+        warm.settle()
+    one = engine(hooks_fire=hooks_fire, ranks=ranks)
+    proxy.fault = get_is(SLOW)
+    name = one.add(PROMPT)
+    one.run()
+    assert [one.outputs[name]] == want and one.cached[name] == 384
+    assert one.totals["timely_prompts"] == 1
+    assert one.totals.get("failed_prompts", 0) == 0
+
+
+def test_staged_prefixes_need_no_wait(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]]
+) -> None:
+    one = engine(admission="staged")
+    proxy.fault = get_is(SLOW)
+    assert one.generate(PROMPT) == want
+    assert one.totals.get("timely_prompts", 0) == one.totals.get("waited_layers", 0) == 0
+
+
+@pytest.mark.parametrize(
+    "fault", [cut(60_000), cut(60_000, "stall"), Fault(flip=60_000, bytes_per_s=300_000)], ids=str
+)
+def test_a_read_that_fails_after_admission_fails_the_request_and_no_other(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], fault: Fault
+) -> None:
+    one = at_once(engine())
+    one.generate(prompt(60, seed=3))  # nothing of it is in the bucket
+    other = one.add(prompt(50, seed=4), max_tokens=2000)
+    for _ in range(3):
+        one.step()
+    gets = 0
+
+    def script(request: Request) -> Fault | None:
+        nonlocal gets
+        if request.method != "GET":
+            return None
+        gets += 1
+        slow = Fault(bytes_per_s=300_000, **{k: getattr(fault, k) for k in ("flip",)})
+        if gets != 3:
+            return SLOW
+        return (
+            slow if fault.flip else Fault(bytes_per_s=300_000, stop_after=60_000, stop=fault.stop)
+        )
+
+    proxy.fault = script
+    name = one.add(PROMPT)
+    request = one.scheduler.requests[name]
+    began = time.monotonic()
+    while name in one.scheduler.requests and time.monotonic() < began + 10:
+        one.step()
+    assert request.status is RequestStatus.FINISHED_ERROR
+    assert one.totals["failed_prompts"] == 1
+    tokens = len(one.outputs[other])
+    for _ in range(5):
+        one.step()
+    assert len(one.outputs[other]) > tokens, "others do not go on"
+    one.scheduler.finish_requests(other, RequestStatus.FINISHED_ABORTED)
+    proxy.fault = None
+    again = one.add(PROMPT)
+    one.run()
+    assert [one.outputs[again]] == want, "what failed stayed in vLLM's cache"
+
+
+def test_an_abort_while_the_last_layers_come(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]]
+) -> None:
+    one = at_once(engine())
+    proxy.fault = get_is(SLOW)
+    name = one.add(PROMPT)
+    for _ in range(30):
+        one.step()
+        time.sleep(0.005)
+    one.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+    one.run()
+    proxy.fault = None
+    assert one.generate(PROMPT) == want
+
+
+def test_vllm_must_not_recompute_what_a_running_request_lacks(model: Path) -> None:
+    extra = {"url": "memory://x", "chunk_tokens": CHUNK, "admission": "just-in-time"}
+    with pytest.raises(Misconfigured) as refused:
+        ToyEngine(model, extra, failure_policy="recompute")
+    assert "kv_load_failure_policy to fail" in refused.value.hint
