@@ -31,6 +31,7 @@ MAP: dict[str, str] = {
     "arrival": "",
     "moment": "",
     "worth": "",
+    "wire": "",
     "sharing": "",
     "timely": "",
     "support": "",
@@ -88,7 +89,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing", "timely"),
+    *("compute", "arrival", "moment", "worth", "wire", "sharing", "timely"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {
