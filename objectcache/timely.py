@@ -1,4 +1,4 @@
-"""Gathers what it takes to admit a request just in time: how far its prefix is, and how fast this engine computes. What follows from that: see arrival.py, compute.py and moment.py.
+"""Gathers what it takes to know how far prefixes on their way are and how fast this engine computes. What follows from that: see arrival.py, compute.py and moment.py; choosing.py for what is loaded at all.
 
 Events and `now` (seconds, one clock) in, a moment out; no I/O.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from objectcache.arrival import Coming
 from objectcache.compute import ComputeModel, Costs, Work, decodes, first_pass, prefill
 from objectcache.flow import StoreModel
-from objectcache.moment import Moment, moment
+from objectcache.moment import JUST_IN_TIME, STAGED, Moment, moment
 
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
 BUS_BYTES_PER_S = 40e9  # host to GPU, with all that goes with it
@@ -22,13 +22,17 @@ class _Job:
     coming: Coming
     chunks: int
     ready: int = 0
+    landed: int = 0  # bytes
     reports: list[tuple[int, int, int]] = field(
         default_factory=list
     )  # of ranks; joined when all did
 
 
 class Timely:
-    """`slice_bytes` of each layer of a chunk; `pass_tokens` is most that one step computes; `ranks` report."""
+    """`slice_bytes` of each layer of a chunk; `pass_tokens` is most that one step computes; `ranks` report.
+
+    `admits` is whether requests are admitted before all is there.
+    """
 
     def __init__(
         self,
@@ -37,12 +41,14 @@ class Timely:
         ranks: int = 1,
         costs: Costs | None = None,
         store: StoreModel | None = None,
+        admits: bool = True,
     ) -> None:
         self._slice_bytes = tuple(slice_bytes)
-        self._pass_tokens = pass_tokens
+        self.pass_tokens = pass_tokens
+        self.admits = admits
         self._ranks = ranks
         self.compute = ComputeModel(costs) if costs is not None else ComputeModel()
-        self._store = store or StoreModel()
+        self.store = store or StoreModel()  # until something of a prefix came
         self._jobs: dict[int, _Job] = {}
         self._steps: deque[tuple[int, Work, float]] = deque(maxlen=STEPS_KEPT)
         self._heard_at = 0.0
@@ -53,7 +59,7 @@ class Timely:
         """A job of so many chunks was given to the workers."""
         layer_bytes = [size * chunks for size in self._slice_bytes]
         streams = min(chunks, STREAMS_MAX)
-        self._jobs[job] = _Job(Coming(layer_bytes, chunks, streams, now, self._store), chunks)
+        self._jobs[job] = _Job(Coming(layer_bytes, chunks, streams, now, self.store), chunks)
 
     def seen(self, job: int, chunks: int, ready: int, layers: int, now: float) -> None:
         """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`."""
@@ -69,7 +75,7 @@ class Timely:
             self.forget(job)  # there is no room for all of it
             return
         landed = layers * sum(self._slice_bytes) // len(self._slice_bytes)
-        found.ready = max(found.ready, ready)
+        found.ready, found.landed = max(found.ready, ready), max(found.landed, landed)
         found.coming.seen(now, landed, ready)
 
     def forget(self, job: int) -> None:
@@ -81,18 +87,43 @@ class Timely:
         found = self._jobs.get(job)
         if found is None or found.ready < 1:
             return None
-        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self._pass_tokens)
+        return self._moment(found, prompt_tokens, loaded_tokens, now)
+
+    def expected(
+        self, job: int, prompt_tokens: int, loaded_tokens: int, now: float
+    ) -> Moment | None:
+        """The same, as far as that can be said at any time; None of a job that is not followed."""
+        found = self._jobs.get(job)
+        if found is None:
+            return None
+        return self._moment(found, prompt_tokens, loaded_tokens, now)
+
+    def left_bytes(self) -> list[int]:
+        """What is still to come of each job that has not all."""
+        left = (job.chunks * sum(self._slice_bytes) - job.landed for job in self._jobs.values())
+        return [one for one in left if one > 0]
+
+    def _moment(self, job: _Job, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment:
+        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
         layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
-        copy_s = max(self._slice_bytes) * found.chunks / BUS_BYTES_PER_S
-        return moment(found.coming.arrivals(now), now, layer_s, copy_s)
+        copy_s = max(self._slice_bytes) * job.chunks / BUS_BYTES_PER_S
+        mode = JUST_IN_TIME if self.admits else STAGED
+        return moment(job.coming.arrivals(now), now, layer_s, copy_s, mode)
 
     # ---- steps
+
+    def busy_s(self, now: float) -> float:
+        """Until the steps that run now are expected to end."""
+        if not self._steps:
+            return 0.0
+        takes_s = sum(self.compute.seconds(work).mean_s for _, work, _ in self._steps)
+        return max(0.0, takes_s - (now - max(self._steps[0][2], self._heard_at)))
 
     def scheduled(self, step: int, requests: Mapping[str, tuple[int, int]], now: float) -> None:
         """A step computes, of each request, so many tokens behind so many."""
         work = Work()
         for tokens, context in requests.values():
-            one = prefill(tokens, context, self._pass_tokens) if tokens > 1 else decodes(1, context)
+            one = prefill(tokens, context, self.pass_tokens) if tokens > 1 else decodes(1, context)
             work = work.beside(one)
         if work.tokens:
             self._steps.append((step, work._replace(passes=1), now))

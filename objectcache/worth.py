@@ -155,7 +155,9 @@ def choose(
 
 def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates) -> Option:
     """What it takes to load so many chunks and to compute the rest."""
-    loaded = min(chunks * hit.chunk_tokens, max(0, hit.prompt_tokens - 1 - hit.local_tokens))
+    had = hit.local_tokens % hit.chunk_tokens  # of the first chunk
+    most = max(0, hit.prompt_tokens - 1 - hit.local_tokens)
+    loaded = min(max(0, chunks * hit.chunk_tokens - had), most)
     context = hit.local_tokens + loaded if chunks else hit.local_tokens
     rest = hit.prompt_tokens - context
     passes = prefill(rest, context, now.pass_tokens)

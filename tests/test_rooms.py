@@ -34,6 +34,9 @@ MAP: dict[str, str] = {
     "wire": "",
     "sharing": "",
     "timely": "",
+    "choosing": "",
+    "turns": "",
+    "tracked": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -77,6 +80,7 @@ MAP: dict[str, str] = {
     "messages": "vllm",
     "metrics": "vllm",
     "parked": "torch vllm",
+    "loading": "vllm",
     "scheduler": "clock vllm",
     "worker": "torch vllm files",
     "connector": "torch vllm chance",
@@ -89,7 +93,18 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "wire", "sharing", "timely"),
+    *(
+        "compute",
+        "arrival",
+        "moment",
+        "worth",
+        "wire",
+        "sharing",
+        "timely",
+        "choosing",
+        "turns",
+        "tracked",
+    ),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {
