@@ -116,7 +116,10 @@ class Choosing:
         found = self._timely.expected(job, prompt.tokens, end, now)
         if found is None:
             return "", LOOK_MOST_S
-        admit_s = max(0.0, found.at_s - found.margin_s - now)
+        left_s = self._timely.left_s(job, now)
+        if self._timely.admits:  # the pass goes along behind the last layers
+            left_s -= min(found.pass_s, left_s) * (self._layers - 1) / self._layers
+        admit_s = max(0.0, found.at_s - found.margin_s - now, left_s)
         busy_s, most = self._gpu_busy_s(others, now), self._timely.pass_tokens
         seconds = self._timely.compute.seconds
         rest = seconds(prefill(prompt.tokens - end, end, most))

@@ -238,6 +238,5 @@ class Loading:
         for coming in report.coming:
             self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for shard, wire in report.wires:
-            self.timely.store = wire.store
             if self.choosing is not None:
                 self.choosing.heard(shard, wire)

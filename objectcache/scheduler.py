@@ -36,7 +36,7 @@ from objectcache.turns import Turns
 
 CHECK_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
-LOOK_AGAIN_S = 1.0  # for a request that is to be computed and waits for blocks
+LOOK_AGAIN_S = 0.1  # for a request that is to be computed and waits for blocks
 MISSES = ("", "NotFound", "Corrupt")  # the store answered, if not with what was hoped for
 
 

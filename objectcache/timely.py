@@ -15,6 +15,7 @@ from objectcache.moment import JUST_IN_TIME, STAGED, Moment, moment
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
 BUS_BYTES_PER_S = 40e9  # host to GPU, with all that goes with it
 STEPS_KEPT = 64
+LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 
 
 @dataclass
@@ -23,9 +24,22 @@ class _Job:
     chunks: int
     ready: int = 0
     landed: int = 0  # bytes
+    seen: deque[tuple[float, int]] = field(default_factory=deque)  # lately, what had landed then
     reports: list[tuple[int, int, int]] = field(
         default_factory=list
     )  # of ranks; joined when all did
+
+    def note(self, now: float) -> None:
+        """Keep what had landed lately; at least since before the last time that something did."""
+        if len(self.seen) > 1 and self.seen[-1][1] == self.landed:
+            self.seen.pop()
+        self.seen.append((now, self.landed))
+        while (
+            len(self.seen) > 2
+            and self.seen[1][0] <= now - LATELY_S
+            and self.seen[1][1] < self.landed
+        ):
+            self.seen.popleft()
 
 
 class Timely:
@@ -59,7 +73,9 @@ class Timely:
         """A job of so many chunks was given to the workers."""
         layer_bytes = [size * chunks for size in self._slice_bytes]
         streams = min(chunks, STREAMS_MAX)
-        self._jobs[job] = _Job(Coming(layer_bytes, chunks, streams, now, self.store), chunks)
+        found = _Job(Coming(layer_bytes, chunks, streams, now, self.store), chunks)
+        found.seen.append((now, 0))
+        self._jobs[job] = found
 
     def seen(self, job: int, chunks: int, ready: int, layers: int, now: float) -> None:
         """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`."""
@@ -77,6 +93,7 @@ class Timely:
         landed = layers * sum(self._slice_bytes) // len(self._slice_bytes)
         found.ready, found.landed = max(found.ready, ready), max(found.landed, landed)
         found.coming.seen(now, landed, ready)
+        found.note(now)
 
     def forget(self, job: int) -> None:
         self._jobs.pop(job, None)
@@ -97,6 +114,18 @@ class Timely:
         if found is None:
             return None
         return self._moment(found, prompt_tokens, loaded_tokens, now)
+
+    def left_s(self, job: int, now: float) -> float:
+        """Until all of a job is there if it goes on as lately: without what is expected of a store, which
+        says little of one that became slow. While nothing came, twice as long as that has lasted."""
+        found = self._jobs.get(job)
+        if found is None:
+            return 0.0
+        at, landed = found.seen[0]
+        passed_s, came = now - at, found.landed - landed
+        if came == 0:
+            return 2 * passed_s
+        return (found.chunks * sum(self._slice_bytes) - found.landed) * passed_s / came
 
     def left_bytes(self) -> list[int]:
         """What is still to come of each job that has not all."""

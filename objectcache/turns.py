@@ -63,6 +63,8 @@ class Turns:
             self._waits[name] = _Waits(waiting, priority, since, self._round)
             self._chosen = None
         else:
+            if before.round < self._oldest:
+                self._chosen = None  # it counts again
             before.round = self._round
 
     def may(self, name: str, held_blocks: int, now: float) -> bool:
@@ -96,13 +98,16 @@ class Turns:
     def idle(self) -> bool:
         return not self._waits and not self._begun
 
+    @property
+    def _oldest(self) -> int:
+        return self._round - ROUNDS_KEPT
+
     def _moved(self, now: float) -> None:
         self._moved_at = now
         self._chosen = None
 
     def _judge(self, held_blocks: int, now: float) -> set[str]:
-        oldest = self._round - ROUNDS_KEPT
-        waits = {name: one for name, one in self._waits.items() if one.round >= oldest}
+        waits = {name: one for name, one in self._waits.items() if one.round >= self._oldest}
         slots = self._slots - sum(slots for slots, _ in self._begun.values())
         promised = sum(blocks for _, blocks in self._begun.values())
         chosen: set[str] = set()

@@ -131,7 +131,7 @@ def test_who_is_never_asked_for_does_not_hold_up_others() -> None:
     for _ in range(ROUNDS_KEPT):
         one.step()
     assert one.begun == ["first"]
-    one.step(), one.step()
+    one.step(0.2), one.step(0.2)
     assert one.begun == ["first", "third"]
     one.wants["passed over"] = passed
     one.over("first")
