@@ -87,6 +87,14 @@ class Options:
         "layers then do not come ends with an error.",
         choices=("staged", "just-in-time"),
     )
+    load: str = _option(
+        "always",
+        "How much of a prefix that the store has is loaded: `always` all of it, or `sooner` as much as "
+        "brings the first token soonest; the rest is computed. What is sooner follows from what the "
+        "store was measured to give and this engine's passes to take; until both are known, and with a "
+        "store that measures nothing (a directory), all is loaded.",
+        choices=("always", "sooner"),
+    )
     late_timeout_ms: int = _option(
         2000,
         "How long a step may wait for a layer of a prompt that was admitted just in time; then that "

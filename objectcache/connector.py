@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from objectcache import identity, support
+from objectcache.choosing import Choosing
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
 from objectcache.keys import Namespace
@@ -29,6 +30,7 @@ from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
 from objectcache.timely import Timely
+from objectcache.turns import Turns
 from objectcache.weights import LoraDigests, Weights
 from objectcache.worker import WorkerHalf
 
@@ -88,9 +90,19 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Otherwise vLLM ends a request with an error if any of its blocks is not loaded."""
         return self._kv_transfer_config.kv_load_failure_policy == "recompute"
 
-    def _timely(self, places: list[WorkerPlace]) -> Timely:
+    def _timely(self, places: list[WorkerPlace]) -> Timely | None:
+        in_time = self._options.admission == "just-in-time"
+        if not in_time and self._options.load == "always":
+            return None
         most = self._vllm_config.scheduler_config.max_num_batched_tokens
-        return Timely(places[0].slice_bytes, most, len(places))
+        return Timely(places[0].slice_bytes, most, len(places), admits=in_time)
+
+    def _choosing(self, timely: Timely | None, place: WorkerPlace) -> Choosing | None:
+        if timely is None or self._options.load == "always":
+            return None
+        slices = place.slice_bytes
+        room = None if self._may_stream else place.stage_chunks
+        return Choosing(timely, self._options.chunk_tokens, sum(slices), len(slices), room)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -131,6 +143,14 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._refusal is not None or not places:
             return
         transfer, cache = self._kv_transfer_config, self._vllm_config.cache_config
+        stage_chunks = min(place.stage_chunks for place in places)
+        timely = self._timely(places)
+        turns = Turns(
+            stage_chunks,
+            self._kv_cache_config.num_blocks,
+            self._vllm_config.scheduler_config.policy == "priority",
+            self._options.stage_timeout_ms / 1000,
+        )
         self._scheduler = SchedulerHalf(
             self._options,
             self._name_engine(places, reset=None),
@@ -140,8 +160,10 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             local_prefixes=bool(cache.enable_prefix_caching),
-            stage_chunks=min(p.stage_chunks for p in places) if self._may_stream else None,
-            timely=self._timely(places) if self._options.admission == "just-in-time" else None,
+            turns=turns,
+            stage_chunks=stage_chunks if self._may_stream else None,
+            timely=timely,
+            choosing=self._choosing(timely, min(places, key=lambda place: place.stage_chunks)),
             evict=self._evict,
         )
         self._places = places

@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from objectcache.wire import Wire
+
 
 @dataclass(frozen=True)
 class StageCommand:
@@ -121,6 +123,7 @@ class StepReport(KVConnectorWorkerMetadata):
     coming: list[Coming] = field(default_factory=list)
     landed: list[Landed] = field(default_factory=list)
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
+    wires: list[tuple[int, Wire]] = field(default_factory=list)  # by shard; only what is new
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
@@ -131,6 +134,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.coming + other.coming,
             self.landed + other.landed,
             self.steps + other.steps,
+            self.wires + other.wires,
         )
 
 

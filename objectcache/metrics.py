@@ -14,6 +14,8 @@ COUNTERS: dict[str, str] = {
     "lookup_failures": "Lookups that ended in an error or a timeout.",
     "found_tokens": "Tokens of prompts that the store was found to have.",
     "hit_tokens": "Tokens whose KV was loaded and not computed.",
+    "recomputed_tokens": "Tokens that the store was found to have and that were computed, because that is sooner.",
+    "given_up_prompts": "Prompts whose load became so slow that all was computed.",
     "timely_prompts": "Prompts admitted just in time, before all of their prefix was there.",
     "waited_layers": "Layers for which a step had to wait.",
     "failed_prompts": "Prompts admitted just in time whose prefix then did not come: requests that failed.",

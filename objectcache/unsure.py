@@ -16,7 +16,7 @@ class _Load:
 
     place: int
     page: int
-    turn: int
+    number: int
     behind: set[int] = field(
         default_factory=set
     )  # pages that were computed or loaded from there on
@@ -25,8 +25,8 @@ class _Load:
 
 
 class Unsure:
-    """`ranks` say of each load how it ended. Turns number admissions: who was admitted before a load cannot
-    have its pages."""
+    """`ranks` say of each load how it ended. Admissions are numbered: who was admitted before a load
+    cannot have its pages."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks = ranks
@@ -36,15 +36,15 @@ class Unsure:
         """Whether there is any such load."""
         return bool(self._loads)
 
-    def began(self, job: int, place: int, block_ids: Sequence[int], turn: int) -> None:
+    def began(self, job: int, place: int, block_ids: Sequence[int], number: int) -> None:
         """A request was admitted whose blocks from number `place` on are `block_ids`, and are to be loaded."""
-        load = _Load(place, block_ids[0], turn)
+        load = _Load(place, block_ids[0], number)
         load.behind.update(block_ids)
         self._loads[job] = load
 
-    def concerns(self, turn: int) -> bool:
-        """Whether a request admitted at this turn may have a part in such a load."""
-        return any(load.turn <= turn for load in self._loads.values())
+    def concerns(self, number: int) -> bool:
+        """Whether the request of this admission may have a part in such a load."""
+        return any(load.number <= number for load in self._loads.values())
 
     def computes(self, block_ids: Sequence[int]) -> bool:
         """A request with these blocks computes in the coming step; whether on bytes that may fail to come."""

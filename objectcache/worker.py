@@ -39,6 +39,7 @@ from objectcache.ring import Ring, shares
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
+from objectcache.wire import Wire, is_news
 
 # Of 16 cores, plain http, 224 chunks of 32 MiB: one process with 8 threads brought 8.7 GB/s, two 13.5;
 # with 4 threads one brought 6.7, two 10.7, four 16.0.
@@ -120,6 +121,7 @@ class WorkerHalf:
             options.late_timeout_ms / 1000,
             self._hear,
         )
+        self._told: Wire | None = None
         self._closed = False
 
     # ---- hooks of a step, in their order
@@ -210,6 +212,10 @@ class WorkerHalf:
             self._late.waited = False
             self._commands.step = 0
             report.coming += self._coming()
+        wire = self._mover.wire
+        if wire is not None and is_news(self._told, wire):
+            report.wires.append((self._layout.shard, wire))
+            self._told = wire
         return report if report != StepReport() else None
 
     def _coming(self) -> list[Coming]:

@@ -31,9 +31,13 @@ MAP: dict[str, str] = {
     "arrival": "",
     "moment": "",
     "worth": "",
+    "wire": "",
     "sharing": "",
     "timely": "",
     "unsure": "",
+    "choosing": "",
+    "turns": "",
+    "tracked": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -77,6 +81,7 @@ MAP: dict[str, str] = {
     "messages": "vllm",
     "metrics": "vllm",
     "parked": "torch vllm",
+    "loading": "vllm",
     "scheduler": "clock vllm",
     "worker": "torch vllm files",
     "connector": "torch vllm chance",
@@ -89,7 +94,19 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing", "timely", "unsure"),
+    *(
+        "compute",
+        "arrival",
+        "moment",
+        "worth",
+        "wire",
+        "sharing",
+        "timely",
+        "choosing",
+        "turns",
+        "tracked",
+        "unsure",
+    ),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {

@@ -47,10 +47,10 @@ def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
             ToyEngine(model, extra | more, layers=LAYERS, failure_policy="fail", **options)  # type: ignore[arg-type]
         )
         # As if a layer took 10 ms to compute: the toy takes none, and nothing could be hidden.
-        timely = made[-1].connector._scheduler._timely
+        timely = made[-1].connector._scheduler.loading.timely
         if timely is not None:
             timely.compute = Slow()
-            timely._store = StoreModel(0.01, 0.03, 300e3, 1.8e6)
+            timely.store = StoreModel(0.01, 0.03, 300e3, 1.8e6)
         return made[-1]
 
     yield make
@@ -99,7 +99,7 @@ class AtOnce(Timely):
 def at_once(one: ToyEngine) -> ToyEngine:
     scheduler = one.connector._scheduler
     slices = one.workers[0].connector._worker.slice_bytes
-    scheduler._timely = AtOnce(slices, 4096, len(one.workers))
+    scheduler.loading.timely = AtOnce(slices, 4096, len(one.workers))
     return one
 
 

@@ -119,13 +119,16 @@ class ToyEngine:
         *,
         salt: str | None = None,
         priority: int = 0,
+        transfer: dict[str, Any] | None = None,
         **more: Any,
     ) -> str:
-        """Queue a request and return its id."""
+        """Queue a request and return its id; `transfer` is what a user sends as kv_transfer_params."""
         self._made += 1
         name = f"r{self._made}"
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
         params.update_from_generation_config({}, None)
+        if transfer is not None:
+            params.extra_args = {"kv_transfer_params": transfer}
         request = Request(
             request_id=name,
             prompt_token_ids=list(tokens),
