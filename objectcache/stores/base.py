@@ -30,6 +30,8 @@ class StoreCounters:
     read_bytes: int = 0  # body bytes received, whether they were of use or not
     written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
     handed_over: int = 0  # requests that a faster data path left to the library path
+    hedged_requests: int = 0  # GETs sent because another one was late; among get_requests
+    hedges_won: int = 0  # those that were answered before the late one
 
     def __add__(self, other: "StoreCounters") -> "StoreCounters":
         """What both asked and moved."""

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from objectcache.flow import START, Flow, StoreModel
+from objectcache.hedge import Hedging
 
 
 @dataclass
@@ -26,11 +27,13 @@ class Gate:
     rewards. Small ones do not stand in line behind bulk: an eighth is kept for them, and a store
     that asks for fewer requests gets fewer small ones only down to that or START."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, hedge_percent: int = 0) -> None:
         kept = max(1, most // 8)
         self._most = most
         self._small_least = max(kept, min(most, START))
         self._flow = Flow(max(1, most - kept))
+        self.hedging = Hedging(hedge_percent)
+        self._seconds = 0  # second requests for what a slot is held for
         self._small, self._bulk = _Line(), _Line()
         self._numbers = itertools.count()
 
@@ -61,6 +64,7 @@ class Gate:
     def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
         """A body came in so many seconds since its request was sent. While its slot is held."""
         self._flow.arrived(_now(), body_bytes, first_byte_s, seconds)
+        self.hedging.flowed(body_bytes, seconds - (first_byte_s or 0.0))
 
     def failed(self) -> None:
         """A request got no answer that settles it, other than `throttled`."""
@@ -70,6 +74,23 @@ class Gate:
         """The server asked for fewer requests."""
         self._flow.throttled(_now())
 
+    def second(self) -> bool:
+        """Whether a late request may be sent a second time now. If so: `second_ended` when one of
+        the two has ended."""
+        room = self._small.held + self._bulk.held + self._seconds < self._most
+        if not room or not self.may_go_on():
+            return False
+        self._seconds += 1
+        return True
+
+    def second_ended(self) -> None:
+        self._seconds -= 1
+        self._admit()
+
+    def may_go_on(self) -> bool:
+        """Whether a request more may take the place of one that stalled."""
+        return self._flow.calm(_now()) and self.hedging.may_ask()
+
     def _leave(self, line: _Line) -> None:
         line.held -= 1
         if line is self._bulk:
@@ -78,7 +99,7 @@ class Gate:
     def _admit(self) -> None:
         """Give free slots to whoever waits longest and may have one."""
         now = _now()
-        while self._small.held + self._bulk.held < self._most:
+        while self._small.held + self._bulk.held + self._seconds < self._most:
             limit = self._flow.limit(now)
             limits = ((self._small, max(self._small_least, limit)), (self._bulk, limit))
             lines = [line for line, most in limits if line.waiting and line.held < most]
