@@ -66,8 +66,10 @@ class Connections:
         Raises Unresolved.
         """
         if elsewhere:
+            now = asyncio.get_running_loop().time()
+            but = {*elsewhere, *(peer for peer, until in self._dead_until.items() if until > now)}
             with suppress(Unresolved):
-                return self.take(elsewhere) or (await self.choose(elsewhere), None)
+                return self.take(but) or (await self.choose(but), None)
         return self.take() or (await self.choose(), None)
 
     def take(self, but: Collection[Peer] = ()) -> tuple[Peer, socket.socket] | None:
