@@ -14,6 +14,7 @@ from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
 from objectcache.stores.base import Pace, Store
 from objectcache.stores.memory import MemoryStore
+from objectcache.turns import Turns
 
 LAYOUT = ObjectLayout(
     namespace_digest=bytes(range(32)),
@@ -123,6 +124,7 @@ class ScriptedStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         script = self.scripts.get(("read", key), Script())
         script = script if script.times > 0 else Script()

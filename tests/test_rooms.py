@@ -32,6 +32,7 @@ MAP: dict[str, str] = {
     "moment": "",
     "worth": "",
     "sharing": "",
+    "turns": "",
     "timely": "",
     "support": "",
     "ring": "threads",  # one lock
@@ -90,7 +91,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing", "timely"),
+    *("compute", "arrival", "moment", "worth", "sharing", "turns", "timely"),
     *("support", "ring", "shelf", "hedge", "stores.sigv4", "stores.http1"),
 }
 WORLD = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from objectcache.errors import Misconfigured
 from objectcache.flow import StoreModel
+from objectcache.turns import Turns
 
 KEY_BYTES_MAX = 900  # S3 allows 1024 with the prefix of the store
 _SEGMENT = r"(?!\.)[!-.0-\[\]-~]+"  # printable ASCII but space and backslash; no leading dot
@@ -89,6 +90,7 @@ class Store(ABC):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Fill `into` with bytes of the object, in order.
 
@@ -98,7 +100,8 @@ class Store(ABC):
         (rising offsets in `into`, where the caller has use for the news) is passed, perhaps more
         often; the last call has n == len(into). It may come from any thread, never from two at
         once for one read, and never after the read ended. Several reads with as many marks are
-        served so that none gets far ahead of the others. If a retry happens it goes on where the body stopped or starts
+        served so that none gets far ahead of the others. `turns` says which jobs want it, and with that
+        when its request goes; without, requests go in order of arrival. If a retry happens it goes on where the body stopped or starts
         over, but bytes that `landed` announced are not written again. An exception from `landed`
         ends the read and is passed on. Once the call ended, in whatever way, cancelled too,
         nothing writes to `into` any more.

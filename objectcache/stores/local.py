@@ -30,6 +30,7 @@ from objectcache.errors import (
 )
 from objectcache.stores.base import Store, StoreCounters, check_key
 from objectcache.stores.outlast import outlast
+from objectcache.turns import Turns
 
 _T = TypeVar("_T")
 _PARTIAL = ".partial"  # no key has a segment with a leading dot
@@ -74,6 +75,7 @@ class LocalStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.counters.get_requests += 1
         what, path, first = f"GET {key}", self._path(key), start or 0

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 from objectcache.errors import Corrupt, NotFound, Unavailable
 from objectcache.stores.base import Store, StoreCounters, check_key
+from objectcache.turns import Turns
 
 _spaces: dict[str, dict[str, bytes]] = {}
 _spaces_lock = threading.Lock()
@@ -43,6 +44,7 @@ class MemoryStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.counters.get_requests += 1
         objects = self._open()

@@ -36,6 +36,7 @@ from objectcache.stores.fill import Fill
 from objectcache.stores.gate import Gate
 from objectcache.stores.hedged import Hedged, Leg, Lost
 from objectcache.stores.s3_errors import Place, Verdict, endpoint_of, judge
+from objectcache.turns import Turns
 
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
 _PIECE_BYTES = 256 << 10  # of a body being sent: what one send takes, so nothing piles up behind
@@ -147,6 +148,7 @@ class S3Store(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         check_key(key)
         if start is not None and not len(into):  # HTTP has no empty range
@@ -156,7 +158,7 @@ class S3Store(Store):
                 landed(0)
             return
         fill = Fill(into, start, landed)
-        async with self.gate.slot(bulk=True):
+        async with self.gate.slot(bulk=True, turns=turns):
             await self.attempts.run(len(into), lambda until: self.receive(key, fill, until))
 
     async def write(self, key: str, body: memoryview) -> bool:

@@ -30,6 +30,7 @@ from objectcache.stores.receiver import PIECE_BYTES, End, Exchange, Peer, Receiv
 from objectcache.stores.s3 import Address, Credentials, S3Store
 from objectcache.stores.s3_errors import Verdict, judge, judge_answer, unreachable
 from objectcache.stores.sigv4 import Signer, host_header, quoted
+from objectcache.turns import Turns
 
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
 # Measured on 16 cores beside an engine that decodes: 4 threads brought 4.4 GB/s and made its median
@@ -195,16 +196,17 @@ class DirectStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         check_key(key)
         endpoint = await self._ready()
         if endpoint.why_not:
             self._say(endpoint.why_not)
         if endpoint.why_not or (start is not None and not len(into)):  # HTTP has no empty range
-            await self._others.read(key, into, start=start, marks=marks, landed=landed)
+            await self._others.read(key, into, start=start, marks=marks, landed=landed, turns=turns)
             return
         read = _Read(key, Fill(into, start, landed), marks)
-        async with self._library.gate.slot(bulk=True):
+        async with self._library.gate.slot(bulk=True, turns=turns):
             await self._library.attempts.run(
                 len(into), lambda until: self._attempt(endpoint, read, until)
             )

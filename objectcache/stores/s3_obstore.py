@@ -32,6 +32,7 @@ from objectcache.stores.hedged import Leg, Lost
 from objectcache.stores.outlast import outlast
 from objectcache.stores.s3 import Address, Credentials, S3Store
 from objectcache.stores.s3_errors import Place, judge
+from objectcache.turns import Turns
 
 if TYPE_CHECKING:  # of which only type stubs exist
     from obstore import GetOptions
@@ -147,13 +148,14 @@ class ObstoreStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         check_key(key)
         if start is not None and not len(into):  # HTTP has no empty range
             await self._library.read(key, into, start=start, landed=landed)
             return
         fill = Fill(into, start, landed)
-        async with self._library.gate.slot(bulk=True):
+        async with self._library.gate.slot(bulk=True, turns=turns):
             await self._run(
                 len(into),
                 lambda until: self._receive(key, fill, marks, until),
