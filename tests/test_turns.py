@@ -157,7 +157,7 @@ def test_nobody_starves() -> None:
     """Behind short jobs that never end, a long one waits its time and then goes first."""
     line, long, now, number = Line(), Turn(0.0, 1000), 0.0, 1
     line.add(0, now, Turns(long, 1000))
-    while True:
+    while now < 2 * PATIENCE_S:
         for _ in range(2):  # more come than go
             line.add(number, now, Turns(Turn(now, 1), 1))
             number += 1
