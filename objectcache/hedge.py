@@ -20,7 +20,7 @@ LEAST_SEEN = 32  # first bytes to know anything by, and
 LEAST_LATE = 2  # so many of them beyond the quantile
 RECENT = 32  # requests by which it is seen whether all are late
 MANY_LATE = 1 / 4  # of those
-BURST = 8.0  # most second requests that may be saved up
+BURST = 32.0  # most second requests that may be saved up: those of a wave of several hundred
 STALL_S = 1.0  # no silence is shorter: a lost packet alone can cost some hundred milliseconds
 STALL_TIMES = 8.0  # what the slowest bodies took for as many bytes
 
