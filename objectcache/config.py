@@ -116,6 +116,13 @@ class Options:
         5000, "Longest silence on a connection before a request is given up.", low=1
     )
     attempts: int = _option(3, "Tries for each request, the first included.", low=1, high=10)
+    hedge_percent: int = _option(
+        5,
+        "How many of a hundred GETs may be sent a second time because the store's answer is late, "
+        "later than as many of a hundred usually are; the answer that comes first counts. `0`: none.",
+        low=0,
+        high=20,
+    )
     known_ttl_s: int = _option(
         300, "How long a chunk that was seen is taken to exist without asking again.", low=0
     )

@@ -34,10 +34,13 @@ COUNTERS: dict[str, str] = {
     "read_bytes": "Body bytes received from the store.",
     "written_bytes": "Body bytes sent to the store.",
     "handed_over": "Requests that a faster way to S3 left to a slower one; the log says why, once for each reason.",
+    "hedged_requests": "GET requests sent because another one for the same bytes was late, or its body stalled; among get_requests.",
+    "hedges_won": "Second requests that were answered before the late one.",
 }
 STORE_COUNTERS = (
     *("get_requests", "put_requests", "head_requests"),
     *("read_bytes", "written_bytes", "handed_over"),
+    *("hedged_requests", "hedges_won"),
 )
 
 

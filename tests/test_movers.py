@@ -6,10 +6,12 @@ import pytest
 from fakes import chunk_hash
 
 from objectcache.errors import NotFound
+from objectcache.flow import StoreModel
 from objectcache.mover import Event, Mover, Placed
 from objectcache.movers import Movers
 from objectcache.stores.base import StoreCounters
 from objectcache.streamer import StageResult
+from objectcache.wire import Wire
 
 NAMES = [chunk_hash(number) for number in range(40)]
 
@@ -19,6 +21,7 @@ class Told(Mover):
 
     counters = StoreCounters(get_requests=1)
     leased = 2
+    wire = Wire(StoreModel(wire_bytes_per_s=1e9), 8)
 
     def __init__(self) -> None:
         self.stages: dict[int, list[bytes]] = {}
@@ -105,5 +108,6 @@ def test_sums_and_the_end_are_of_all() -> None:
     told = [Told(), Told(), Told()]
     movers = Movers(told)
     assert movers.counters.get_requests == 3 and movers.leased == 6
+    assert movers.wire == Wire(StoreModel(wire_bytes_per_s=3e9), 24)
     movers.close(0.0)
     assert all(one.commands == [("close", 0)] for one in told)

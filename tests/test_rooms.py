@@ -33,6 +33,7 @@ MAP: dict[str, str] = {
     "worth": "",
     "wire": "",
     "sharing": "",
+    "order": "",
     "timely": "",
     "unsure": "",
     "choosing": "",
@@ -41,6 +42,7 @@ MAP: dict[str, str] = {
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
+    "hedge": "threads",  # one lock
     # ways to the world
     "version": "vllm",
     "report": "clock",
@@ -56,6 +58,7 @@ MAP: dict[str, str] = {
     "stores.s3_errors": "network",
     "stores.gate": "asyncio",
     "stores.attempts": "asyncio chance",
+    "stores.hedged": "asyncio",
     "stores.fill": "",
     "stores.s3": "asyncio network files",
     "stores.s3_obstore": "asyncio network threads clock",
@@ -104,10 +107,11 @@ PURE = {
         "timely",
         "choosing",
         "turns",
+        "order",
         "tracked",
         "unsure",
     ),
-    *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
+    *("support", "ring", "shelf", "hedge", "stores.sigv4", "stores.http1"),
 }
 WORLD = {
     "torch": "torch",
@@ -134,6 +138,7 @@ BROAD = {
     ("reading", "_bring"): "the slot is held until its reads have ended",
     ("reading", "_outcomes"): "reads may still write to slots",
     ("stores.s3_obstore", "_take"): "its caller raises it again, on the loop",
+    ("stores.hedged", "end"): "a thread may still write to the caller's memory",
     ("stores.outlast", "outlast"): "a thread may still write to the caller's memory",
 }
 FILE_LINES, FUNCTION_LINES = 500, 70
@@ -297,6 +302,7 @@ def test_pure_rooms_touch_nothing() -> None:
     assert {room: MAP[room] for room in PURE if MAP[room]} == {
         "ring": "threads",
         "shelf": "threads",
+        "hedge": "threads",
     }
 
 
