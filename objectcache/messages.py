@@ -9,6 +9,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from objectcache.trace import PassTimes
+
 
 @dataclass(frozen=True)
 class StageCommand:
@@ -112,6 +114,7 @@ class StepReport(KVConnectorWorkerMetadata):
     streamed: list[Streamed] = field(default_factory=list)
     coming: list[Coming] = field(default_factory=list)
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
+    passes: list[PassTimes] = field(default_factory=list)  # of those with loads, if they are traced
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
@@ -121,6 +124,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.streamed + other.streamed,
             self.coming + other.coming,
             self.steps + other.steps,
+            passes=self.passes + other.passes,
         )
 
 

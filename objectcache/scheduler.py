@@ -27,9 +27,10 @@ from objectcache.messages import (
     StreamCommand,
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
-from objectcache.report import Reporter, log
+from objectcache.report import Reporter
 from objectcache.stores import open_store
 from objectcache.timely import Timely
+from objectcache.trace import Trace
 
 CHECK_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
@@ -91,6 +92,7 @@ class SchedulerHalf:
         local_prefixes: bool,
         stage_chunks: int | None = None,
         timely: Timely | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._options = options
         self._namespace = namespace
@@ -102,6 +104,7 @@ class SchedulerHalf:
         self._local_prefixes = local_prefixes
         self._stage_chunks = stage_chunks
         self._timely = timely
+        self._trace = trace or Trace(time.monotonic, keeps=False)
         self._step = 0
         self._requests: dict[str, Tracked] = {}
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
@@ -339,6 +342,7 @@ class SchedulerHalf:
     def _found(self, tracked: Tracked, chunks: int) -> None:
         assert tracked.admission is not None
         tracked.admission.looked_up(chunks)
+        self._trace.note(tracked.request.request_id, "found", chunks=chunks)
         self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
 
     # ---- admission in time
@@ -349,7 +353,7 @@ class SchedulerHalf:
         end = tracked.admission.end_of(len(tracked.job_hashes))
         moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
         if moment is not None and moment.due(now):
-            log.debug("objectcache: request %s: %s", tracked.request.request_id, moment.tell(now))
+            self._trace.note(tracked.request.request_id, "due", **moment.numbers(now))
             tracked.admission.due()
 
     def _count_step(
@@ -381,6 +385,7 @@ class SchedulerHalf:
         self._jobs[job] = tracked
         if self._timely is not None:
             self._timely.began(job, len(tracked.job_hashes), time.monotonic())
+        self._trace.staging(tracked.request.request_id, job, len(tracked.job_hashes))
         self._commands.stages.append(StageCommand(job, tracked.job_hashes, first))
 
     def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:

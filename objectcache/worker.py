@@ -5,6 +5,7 @@ is a lookup, a copy or an event: none waits for the store.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -38,6 +39,8 @@ from objectcache.ring import Ring, shares
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
+from objectcache.trace import PassTimes
+from objectcache.tracefile import keeps_traces
 
 # Of 16 cores, plain http, 224 chunks of 32 MiB: one process with 8 threads brought 8.7 GB/s, two 13.5;
 # with 4 threads one brought 6.7, two 10.7, four 16.0.
@@ -116,6 +119,8 @@ class WorkerHalf:
             options.late_timeout_ms / 1000,
             self._hear,
         )
+        self._traced = keeps_traces(options.trace_path)
+        self._pass: PassTimes | None = None
         self._closed = False
 
     # ---- hooks of a step, in their order
@@ -144,6 +149,9 @@ class WorkerHalf:
         loads, self._commands.loads = self._commands.loads, []
         if not loads:
             return
+        if self._traced:
+            jobs = [load.job for load in loads]
+            self._pass = PassTimes(self._commands.step, jobs, time.monotonic())
         runs = [(load.job, self._runs(load)) for load in loads]
         self._copies.submit_loads(runs, self._late if self._late.jobs() else None)
         if not hooks_fire:
@@ -153,12 +161,22 @@ class WorkerHalf:
         if not self._copies.loading:
             return
         layer = self._layers.get(layer_name)
-        if layer is not None:  # a layer that shares another's KV has no pages of its own
+        if layer is None:
+            return  # it shares another's KV and has no pages of its own
+        if self._pass is None:
             self._copies.wait_layer(layer)
+        else:
+            began_s = time.monotonic()
+            self._copies.wait_layer(layer)
+            self._pass.waits.append((began_s, time.monotonic()))
 
     def end_forward(self) -> None:
         """After the forward pass: finish the loads, start the step's saves, copy what streams."""
         self._copies.end_step()
+        if self._pass is not None:
+            self._pass.ended_s = time.monotonic()
+            self._reports.passes.append(self._pass)
+            self._pass = None
         self._collect()
         saves, self._commands.saves = self._commands.saves, []
         for save in saves:

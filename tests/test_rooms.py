@@ -33,12 +33,14 @@ MAP: dict[str, str] = {
     "worth": "",
     "sharing": "",
     "timely": "",
+    "trace": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
     # ways to the world
     "version": "vllm",
     "report": "clock",
+    "tracefile": "threads clock files",
     "weights": "files clock",
     "identity": "vllm-late torch-late",
     "loop": "asyncio threads",
@@ -77,7 +79,7 @@ MAP: dict[str, str] = {
     "metrics": "vllm",
     "parked": "torch vllm",
     "scheduler": "clock vllm",
-    "worker": "torch vllm files",
+    "worker": "torch vllm files clock",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
     # the command
@@ -88,7 +90,7 @@ MAP: dict[str, str] = {
 }
 PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
-    *("compute", "arrival", "moment", "worth", "sharing", "timely"),
+    *("compute", "arrival", "moment", "worth", "sharing", "timely", "trace"),
     *("support", "ring", "shelf", "stores.sigv4", "stores.http1"),
 }
 WORLD = {
