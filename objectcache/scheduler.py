@@ -352,8 +352,7 @@ class SchedulerHalf:
         assert tracked.job is not None and tracked.admission is not None
         end = tracked.admission.end_of(len(tracked.job_hashes))
         moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
-        if moment is not None and moment.due(now):
-            self._trace.note(tracked.request.request_id, "due", **moment.numbers(now))
+        if moment is not None and self._trace.weighed(tracked.request.request_id, moment, now):
             tracked.admission.due()
 
     def _count_step(

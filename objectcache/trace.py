@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from objectcache.moment import Moment
+
 LIVE_MAX = 1024  # requests that have not ended; of more the oldest is told as it is
 KEPT = 64  # requests that ended
-EVENTS_MAX = 128  # of one request; the last place is for its end
-PROGRESS_SHARE = 1 / 32  # of a prefix, that is news by itself
+EVENTS_MAX = 256  # of one request; the last place is for its end
+PROGRESS_SHARE = 1 / 16  # of a prefix, that is news by itself
 
 Record = dict[str, Any]
 Event = tuple[float, str, dict[str, Any]]
@@ -41,6 +43,7 @@ class _Live:
     steps: int = 0  # of the engine, before it was admitted
     admitted: bool = False
     told: tuple[int, float] = (-1, 0.0)  # layers and share
+    news: bool = False  # progress since it was weighed
     first_step: int | None = (
         None  # that computes the end of its prompt; -1 once that is known to be done
     )
@@ -51,7 +54,7 @@ class _Live:
 
     def progress(self, now: float, ready: int, share: float) -> None:
         if ready > self.told[0] or share >= self.told[1] + PROGRESS_SHARE:
-            self.told = (ready, share)
+            self.told, self.news = (ready, share), True
             self.note(now, "progress", {"ready": ready, "share": round(share, 4)})
 
     def passed(self, one: PassTimes) -> None:
@@ -135,6 +138,14 @@ class Trace:
             live.admitted = True
             live.note(self._clock(), "admitted", {"loaded": loaded, "steps": live.steps})
 
+    def weighed(self, request_id: str, moment: Moment, now: float) -> bool:
+        """When it may be admitted in time, as it looks now. Returns whether it is time."""
+        live, due = self._live.get(request_id), moment.due(now)
+        if live is not None and (due or live.news):
+            live.news = False
+            live.note(now, "due" if due else "expects", moment.numbers(now))
+        return due
+
     def finished(self, request_id: str, how: str) -> None:
         """It ended; what its last step did may still be reported."""
         live = self._live.pop(request_id, None)
@@ -208,7 +219,7 @@ def tell(record: Record) -> str:
     parts = []
     for at_s, what, *more in record["events"]:
         about = more[0] if more else {}
-        if what == "progress":
+        if what in ("progress", "expects"):
             continue
         if what == "pass":
             waited_ms = sum(wait_ms for _, wait_ms in about["waits"])
