@@ -24,9 +24,9 @@ from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 
 Record = dict[str, Any]
 SHAPE = ModelShape(layers=24, hidden=128, intermediate=512, heads=4, kv_heads=4)
-PROMPT_TOKENS, PREFIX_TOKENS = 3072, 2048
-BYTES_PER_S = 3e6  # of a connection: beside so small a model a wire must be slow
-LEARNS_FROM = 8  # prompts
+PROMPT_TOKENS, PREFIX_TOKENS = 1536, 1280
+BYTES_PER_S = 6e6  # of a connection: beside so small a model a wire must be slow
+LEARNS_FROM = 12  # prompts
 BUCKET = "kvcache"
 WIDTH_IN, HEIGHT_IN = 9.0, 3.2
 
@@ -69,6 +69,12 @@ def landed(record: Record) -> list[tuple[float, int]]:
     """When so many layers were there; all of them when the prefix was staged, or when the pass had them."""
     steps = [(at, int(about["ready"])) for at, about in of(record, "progress")]
     steps += [(at, layers(record)) for at, about in of(record, "staged") if not about.get("error")]
+    for _, about in of(record, "pass"):
+        for (at_s, wait_ms), ready, layer in zip(
+            about["waits"], about["ready"], range(layers(record)), strict=False
+        ):
+            steps.append((at_s * 1e3, ready))
+            steps.append((at_s * 1e3 + wait_ms, max(ready, layer + 1)))
     return sorted(steps)
 
 
@@ -129,7 +135,10 @@ def _pass(row: Any, shift: float, began: float, about: dict[str, Any]) -> None:
         for layer, ((_, ready), end) in enumerate(zip(waits, begins, strict=True))
     ]
     stalls = [(layer, shift + at, shift + ready) for layer, (at, ready) in enumerate(waits)]
-    for bars, colour, label in ((computes, "#2a7f3f", "computes"), (stalls, "#c0392b", "waits and copies")):
+    for bars, colour, label in (
+        (computes, "#2a7f3f", "computes"),
+        (stalls, "#c0392b", "waits and copies"),
+    ):
         row.barh(
             [layer + 0.5 for layer, _, _ in bars],
             [end - start for _, start, end in bars],

@@ -23,13 +23,15 @@ Event = tuple[float, str, dict[str, Any]]
 @dataclass
 class PassTimes:
     """A forward pass with loads, as the host of one rank saw it: all in seconds of the host's monotonic
-    clock. `waits` is from when until when it waited for each layer, in their order; a GPU may be behind."""
+    clock. `waits` is from when until when it waited for each layer, in their order, and `ready` how many
+    leading layers were there when it began to; a GPU may be behind."""
 
     step: int
     jobs: list[int]
     began_s: float
     ended_s: float = 0.0
     waits: list[tuple[float, float]] = field(default_factory=list)
+    ready: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -60,7 +62,8 @@ class _Live:
     def passed(self, one: PassTimes) -> None:
         waits = [(round(a - self.began_s, 6), round((b - a) * 1e3, 3)) for a, b in one.waits]
         took_ms = round((one.ended_s - one.began_s) * 1e3, 3)
-        self.note(one.began_s, "pass", {"step": one.step, "took_ms": took_ms, "waits": waits})
+        more = {"step": one.step, "took_ms": took_ms, "waits": waits, "ready": one.ready}
+        self.note(one.began_s, "pass", more)
 
     def end(self, now: float, how: str) -> None:
         self.events.append((now, "ended", {"how": how}))

@@ -166,6 +166,7 @@ class WorkerHalf:
         if self._pass is None:
             self._copies.wait_layer(layer)
         else:
+            self._pass.ready.append(self._late.layers_ready())
             began_s = time.monotonic()
             self._copies.wait_layer(layer)
             self._pass.waits.append((began_s, time.monotonic()))

@@ -69,7 +69,7 @@ def test_a_request_is_told_from_its_arrival_to_its_end() -> None:
         clock.now += 0.010
         trace.heard([], [], [2], [])  # of the step before: no first token yet
         trace.finished("a", "FINISHED_STOPPED")
-        passed = PassTimes(3, [7], begin, begin + 0.008, [(begin + 0.001, begin + 0.003)])
+        passed = PassTimes(3, [7], begin, begin + 0.008, [(begin + 0.001, begin + 0.003)], [2])
         clock.now += 0.005
         trace.heard([], [], [3], [passed])  # comes with the end
 
@@ -87,7 +87,7 @@ def test_a_request_is_told_from_its_arrival_to_its_end() -> None:
             [0.02, "answered", {"tokens": 768, "asks": 2}],
             [0.02, "admitted", {"loaded": 768, "steps": 2}],
             [0.02, "scheduled", {"step": 3}],
-            [0.02, "pass", {"step": 3, "took_ms": 8.0, "waits": [(0.021, 2.0)]}],
+            [0.02, "pass", {"step": 3, "took_ms": 8.0, "waits": [(0.021, 2.0)], "ready": [2]}],
             [0.03, "ended", {"how": "FINISHED_STOPPED"}],
             [0.035, "first token"],
         ],
@@ -202,7 +202,8 @@ def test_an_engine_leaves_a_line_for_each_prompt(tmp_path: Path, model: Path) ->
     assert at == sorted(at)
     events = {event[1]: event[2] if len(event) > 2 else {} for event in warm["events"]}
     assert events["found"] == {"chunks": 6} and events["admitted"]["loaded"] == 384
-    assert len(events["pass"]["waits"]) == 3 and events["ended"]["how"] == "FINISHED_LENGTH_CAPPED"
+    assert len(events["pass"]["waits"]) == 3 and events["pass"]["ready"] == [3, 3, 3]
+    assert events["ended"]["how"] == "FINISHED_LENGTH_CAPPED"
     assert str(tokens[:3])[1:-1].replace(" ", "") not in path.read_text().replace(" ", "")
 
 
