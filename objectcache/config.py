@@ -141,6 +141,12 @@ class Options:
         "can, or `require` and refuse to start.",
         choices=("warn", "require"),
     )
+    trace_path: str = _option(
+        "",
+        "A file to which a line of JSON is added for each prompt that ended: when it arrived, was looked up, "
+        "staged, admitted, computed, and why. Of no prompt it holds a token. At most 64 MiB; one for "
+        "each engine. At level DEBUG the log tells the same.",
+    )
     endpoint_url: str = _option(
         "", "S3 server other than AWS (MinIO, Ceph, SeaweedFS, R2), such as `http://minio:9000`."
     )

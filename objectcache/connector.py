@@ -24,12 +24,13 @@ from objectcache.choosing import Choosing
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
 from objectcache.keys import Namespace
-from objectcache.messages import StepCommands, StepReport, WorkerPlace
+from objectcache.messages import Coming, StepCommands, StepReport, WorkerPlace
 from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
 from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
 from objectcache.timely import Timely
+from objectcache.tracefile import open_trace
 from objectcache.turns import Turns
 from objectcache.weights import LoraDigests, Weights
 from objectcache.worker import WorkerHalf
@@ -69,6 +70,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
         self._block_pool: BlockPool | None = None
+        path = self._options.trace_path if role is KVConnectorRole.SCHEDULER else ""
+        self._trace, self._close_trace = open_trace(path)
         self._layers_call_back = False
         lora = vllm_config.lora_config
         self._loras = LoraDigests(str(lora.lora_dtype) if lora is not None else "auto")
@@ -112,6 +115,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         for half in (self._scheduler, self._worker):
             if half is not None:
                 half.shutdown()
+        self._close_trace()
 
     def get_kv_connector_stats(self) -> ObjectCacheStats | None:
         half = self._scheduler or self._worker
@@ -165,6 +169,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             timely=timely,
             choosing=self._choosing(timely, min(places, key=lambda place: place.stage_chunks)),
             evict=self._evict,
+            trace=self._trace,
         )
         self._places = places
         self._scheduler.check()
@@ -203,6 +208,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(who, str):
             log.debug("objectcache leaves request %s alone: %s", request.request_id, who)
         else:
+            self._trace.arrived(request.request_id, request.num_tokens)
             self._scheduler.added(request, who.root, who.items, who.may_load)
 
     def get_num_new_matched_tokens(
@@ -210,7 +216,9 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         if self._scheduler is None:
             return 0, False
-        return self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
+        answer = self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
+        self._trace.asked(request.request_id, answer[0])
+        return answer
 
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
@@ -218,6 +226,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
             self._scheduler.allocated(request.request_id, block_ids, num_external_tokens)
+            self._trace.admitted(request.request_id, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         if self._scheduler is None:
@@ -228,18 +237,33 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             groups = state.get_block_ids(request_id) if state is not None else None
             return groups[0] if groups else []
 
-        return self._scheduler.commands(scheduler_output.num_scheduled_tokens, block_ids)
+        commands = self._scheduler.commands(scheduler_output.num_scheduled_tokens, block_ids)
+        if self._trace.active:
+            commands.step = self._trace.stepping(commands.step, _computed(scheduler_output))
+        return commands
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         report = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(report, StepReport):
+            if self._trace.active:
+                self._trace.heard(
+                    [(one.job, one.ready, self._share(one)) for one in report.coming],
+                    [(one.job, one.chunks, one.error) for one in report.staged],
+                    [step for step, _ in report.steps],
+                    report.passes,
+                )
             self._scheduler.reported(report)
+
+    def _share(self, coming: Coming) -> float:
+        """Of a job's bytes, what is there."""
+        return coming.layers / max(1, coming.chunks * len(self._places[0].slice_bytes))
 
     def request_finished(
         self, request: "Request", block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is not None:
             self._scheduler.finished(request.request_id)
+            self._trace.finished(request.request_id, request.status.name)
         return False, None  # pages were copied out within their step: blocks are free at once
 
     def request_finished_all_groups(
@@ -336,6 +360,14 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None
+
+
+def _computed(output: "SchedulerOutput") -> dict[str, int]:
+    """Tokens of each request that are computed after this step."""
+    cached = output.scheduled_cached_reqs
+    before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    before |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    return {name: before.get(name, 0) + n for name, n in output.num_scheduled_tokens.items()}
 
 
 def _require_whole_blocks(chunk_tokens: int, block_tokens: int) -> None:

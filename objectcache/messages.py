@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from objectcache.trace import PassTimes
 from objectcache.wire import Wire
 
 
@@ -124,6 +125,7 @@ class StepReport(KVConnectorWorkerMetadata):
     landed: list[Landed] = field(default_factory=list)
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
     wires: list[tuple[int, Wire]] = field(default_factory=list)  # by shard; only what is new
+    passes: list[PassTimes] = field(default_factory=list)  # of those with loads, if they are traced
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
@@ -135,6 +137,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.landed + other.landed,
             self.steps + other.steps,
             self.wires + other.wires,
+            passes=self.passes + other.passes,
         )
 
 

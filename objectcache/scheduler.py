@@ -31,6 +31,7 @@ from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
 from objectcache.report import Reporter
 from objectcache.stores import open_store
 from objectcache.timely import Timely
+from objectcache.trace import Trace
 from objectcache.tracked import Saving, Streaming, Tracked
 from objectcache.turns import Turns
 from objectcache.unsure import Unsure
@@ -65,6 +66,7 @@ class SchedulerHalf:
         timely: Timely | None = None,
         evict: Callable[[set[int]], None] = lambda block_ids: None,
         choosing: Choosing | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._options = options
         self._namespace = namespace
@@ -75,6 +77,7 @@ class SchedulerHalf:
         self._saves = saves and options.save
         self._stage_chunks = stage_chunks
         self._unsure, self._admissions, self._evict = Unsure(ranks), 0, evict
+        self._trace = trace or Trace(time.monotonic, keeps=False)
         self._step = 0
         self._requests: dict[str, Tracked] = {}
         self._counters = Counters()
@@ -339,6 +342,7 @@ class SchedulerHalf:
         tracked.found = chunks
         tracked.save_from = max(tracked.save_from, chunks)
         self.loading.found(tracked)
+        self._trace.note(tracked.request.request_id, "found", chunks=chunks)
         self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
 
     def _knows_more(self, tracked: Tracked, now: float) -> bool:
@@ -371,6 +375,7 @@ class SchedulerHalf:
         job = self._new_job(tracked, first, count)
         self._jobs[job] = tracked
         self.loading.began(tracked, time.monotonic())
+        self._trace.staging(tracked.request.request_id, job, len(tracked.job_hashes))
         self._commands.stages.append(StageCommand(job, tracked.job_hashes, first))
 
     def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:

@@ -5,6 +5,7 @@ is a lookup, a copy or an event: none waits for the store.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -39,6 +40,8 @@ from objectcache.ring import Ring, shares
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
+from objectcache.trace import PassTimes
+from objectcache.tracefile import keeps_traces
 from objectcache.wire import Wire, is_news
 
 # Of 16 cores, plain http, 224 chunks of 32 MiB: one process with 8 threads brought 8.7 GB/s, two 13.5;
@@ -122,6 +125,8 @@ class WorkerHalf:
             self._hear,
         )
         self._told: Wire | None = None
+        self._traced = keeps_traces(options.trace_path)
+        self._pass: PassTimes | None = None
         self._closed = False
 
     # ---- hooks of a step, in their order
@@ -154,6 +159,9 @@ class WorkerHalf:
         loads, self._commands.loads = self._commands.loads, []
         if not loads:
             return
+        if self._traced:
+            jobs = [load.job for load in loads]
+            self._pass = PassTimes(self._commands.step, jobs, time.monotonic())
         runs = [(load.job, self._runs(load)) for load in loads]
         self._copies.submit_loads(runs, self._late if self._late.jobs() else None)
         if not hooks_fire:
@@ -163,8 +171,15 @@ class WorkerHalf:
         if not self._copies.loading:
             return
         layer = self._layers.get(layer_name)
-        if layer is not None:  # a layer that shares another's KV has no pages of its own
+        if layer is None:
+            return  # it shares another's KV and has no pages of its own
+        if self._pass is None:
             self._copies.wait_layer(layer)
+        else:
+            self._pass.ready.append(self._late.layers_ready())
+            began_s = time.monotonic()
+            self._copies.wait_layer(layer)
+            self._pass.waits.append((began_s, time.monotonic()))
 
     def layer_computed(self, layer_name: str) -> None:
         """Copy out what the step's saves have of a layer, so that the bus is not waited for at the end."""
@@ -177,6 +192,10 @@ class WorkerHalf:
         """After the forward pass: finish the loads and the saves, copy what streams."""
         self._copies.end_step()
         self._copies.end_saves()
+        if self._pass is not None:
+            self._pass.ended_s = time.monotonic()
+            self._reports.passes.append(self._pass)
+            self._pass = None
         self._parked.carry()
         self._collect()
 

@@ -39,6 +39,7 @@ MAP: dict[str, str] = {
     "choosing": "",
     "turns": "",
     "tracked": "",
+    "trace": "",
     "support": "",
     "ring": "threads",  # one lock
     "shelf": "threads",  # one lock
@@ -46,6 +47,7 @@ MAP: dict[str, str] = {
     # ways to the world
     "version": "vllm",
     "report": "clock",
+    "tracefile": "threads clock files",
     "weights": "files clock",
     "identity": "vllm-late torch-late",
     "loop": "asyncio threads",
@@ -86,7 +88,7 @@ MAP: dict[str, str] = {
     "parked": "torch vllm",
     "loading": "vllm",
     "scheduler": "clock vllm",
-    "worker": "torch vllm files",
+    "worker": "torch vllm files clock",
     "connector": "torch vllm chance",
     "plugin": "vllm-late",
     # the command
@@ -110,6 +112,7 @@ PURE = {
         "order",
         "tracked",
         "unsure",
+        "trace",
     ),
     *("support", "ring", "shelf", "hedge", "stores.sigv4", "stores.http1"),
 }
