@@ -17,6 +17,7 @@ from objectcache.wire import Wire, slowest
 DEADLINE = "objectcache.deadline_ms"  # in a request's kv_transfer_params
 DEADLINE_MOST_MS = 86_400_000.0
 UNSURE = 0.45  # of what computing takes, as a share: with more nothing is chosen by it
+EVIDENCE = 0.25  # times what computing takes, until what a load gave counts alone
 LOOK_LEAST_S, LOOK_MOST_S = 0.02, 0.25  # between two looks at a load that is under way
 
 
@@ -116,15 +117,17 @@ class Choosing:
         found = self._timely.expected(job, prompt.tokens, end, now)
         if found is None:
             return "", LOOK_MOST_S
-        left_s = self._timely.left_s(job, now)
-        if self._timely.admits:  # the pass goes along behind the last layers
-            left_s -= min(found.pass_s, left_s) * (self._layers - 1) / self._layers
-        admit_s = max(0.0, found.at_s - found.margin_s - now, left_s)
+        admit_s = max(0.0, found.at_s - found.margin_s - now)
         busy_s, most = self._gpu_busy_s(others, now), self._timely.pass_tokens
         seconds = self._timely.compute.seconds
         rest = seconds(prefill(prompt.tokens - end, end, most))
         local = prompt.local_tokens
         whole = seconds(prefill(prompt.tokens - local, local, most))
+        if now - began >= EVIDENCE * whole.mean_s:
+            left_s = self._timely.left_s(job, now)
+            if self._timely.admits:  # the pass goes along behind the last layers
+                left_s -= min(found.pass_s, left_s) * (self._layers - 1) / self._layers
+            admit_s = max(admit_s, left_s)
         with_s = max(admit_s, busy_s) + rest.mean_s
         without_s = busy_s + whole.mean_s
         too_late = without_s <= prompt.deadline_s - now < with_s

@@ -14,6 +14,7 @@ from objectcache.timely import Timely
 from objectcache.tracked import Tracked
 from objectcache.turns import Turns
 
+DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
 CHOICES = 16  # in a step, each of which takes about a millisecond
 
 
@@ -157,7 +158,10 @@ class Loading:
         if timely.admits:
             end = admission.end_of(len(tracked.job_hashes))
             moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
-            if moment is not None and moment.due(now):
+            # A model of arrivals says too much of a store that became slow: it must not be far off.
+            most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
+            believed = timely.left_s(tracked.job, now) <= most_s
+            if moment is not None and moment.due(now) and believed:
                 name = tracked.request.request_id
                 log.debug("objectcache: request %s: %s", name, moment.tell(now))
                 self._judge(tracked, moment.staged_s, now)

@@ -6,8 +6,7 @@ that a choice is sure; the choices themselves: test_worth.py, test_choosing.py, 
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from scheduling_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     model_fixture,
     objects,
     prefix_order,
+    told,
     warm_and_want,
 )
 from toy_engine import ToyEngine, prompt
 
 from objectcache.compute import ComputeModel, Costs, Work
 from objectcache.flow import StoreModel
-from objectcache.report import log
 from objectcache.wire import Wire
 
 PASS_S, TOKEN_S = 0.24, 2e-4
@@ -55,25 +54,6 @@ def know(one: ToyEngine, wire: Wire | None, token_s: float = TOKEN_S) -> ToyEngi
     if wire is not None:
         loading.choosing.heard(0, wire)
     return one
-
-
-@contextmanager
-def told(level: int = logging.DEBUG) -> Iterator[list[str]]:
-    """What the log is told meanwhile."""
-    lines: list[str] = []
-
-    class Ear(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(record.getMessage())
-
-    ear, before = Ear(level), log.level
-    log.addHandler(ear)
-    log.setLevel(level)
-    try:
-        yield lines
-    finally:
-        log.setLevel(before)
-        log.removeHandler(ear)
 
 
 @pytest.fixture(name="sooner")
