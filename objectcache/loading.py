@@ -11,6 +11,7 @@ from objectcache.messages import StepReport
 from objectcache.metrics import Counters
 from objectcache.report import log
 from objectcache.timely import Timely
+from objectcache.trace import Trace
 from objectcache.tracked import Tracked
 from objectcache.turns import Turns
 
@@ -33,6 +34,7 @@ class Loading:
         choosing: Choosing | None,
         local_prefixes: bool,
         stage_chunks: int | None,
+        trace: Trace,
     ) -> None:
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
@@ -43,6 +45,7 @@ class Loading:
         self.choosing = choosing
         self._local_prefixes = local_prefixes
         self._stage_chunks = stage_chunks
+        self._trace = trace
         self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._found: list[Tracked] = []  # for which nothing was chosen yet
         self._choices = CHOICES
@@ -110,10 +113,12 @@ class Loading:
         choice = choosing.choose(prompt, self._others(tracked), waiting, now)
         if isinstance(choice, str):
             log.debug("objectcache: request %s: Load all %d chunks: %s.", name, chunks, choice)
+            self._trace.note(name, "chosen", chunks=chunks, of=chunks, why=choice)
             return
         off = " The store is off: loads took longer than computing." if choosing.off else ""
         log.debug("objectcache: request %s: %s%s", name, choice.tell(), off)
         tracked.choice = choice
+        self._trace.note(name, "chosen", of=chunks, **choice.numbers())
         admission.limit(choice.best.chunks, local_tokens)
         left_out = chunks - choice.best.chunks
         self._counters.add("recomputed_tokens", left_out * self._chunk_tokens)
@@ -155,14 +160,14 @@ class Loading:
         if timely is None:
             return
         assert tracked.job is not None
+        name = tracked.request.request_id
         if timely.admits:
             end = admission.end_of(len(tracked.job_hashes))
             moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
             believed = timely.left_s(tracked.job, now) <= most_s
-            if moment is not None and moment.due(now) and believed:
-                name = tracked.request.request_id
+            if moment is not None and self._trace.weighed(name, moment, now) and believed:
                 log.debug("objectcache: request %s: %s", name, moment.tell(now))
                 self._judge(tracked, moment.staged_s, now)
                 admission.due()
@@ -185,6 +190,7 @@ class Loading:
         if why:
             log.debug("objectcache: request %s: %s.", request.request_id, why)
             self._counters.add("given_up_prompts")
+            self._trace.note(request.request_id, "gives up")
             admission.give_up()
 
     def staged(self, tracked: Tracked, chunks: int, now: float) -> None:

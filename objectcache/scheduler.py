@@ -91,6 +91,7 @@ class SchedulerHalf:
             choosing,
             local_prefixes,
             stage_chunks,
+            self._trace,
         )
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
         self._breaker = Breaker()

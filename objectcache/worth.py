@@ -99,6 +99,20 @@ class Choice:
     def keeps_deadline(self) -> bool:
         return self.best.first_token_s <= self.deadline_s
 
+    def numbers(self) -> dict[str, float | bool]:
+        """For a machine: first tokens in milliseconds from then, and what the wire gave."""
+        each = {
+            "first_token_ms": self.best.first_token_s,
+            "all_loaded_ms": self.everything.first_token_s,
+            "none_loaded_ms": self.nothing.first_token_s,
+            "load_ms": self.best.load_s,
+            "wire_busy_ms": self.met.wire_busy_s,
+            "gpu_busy_ms": self.met.gpu_busy_s,
+        }
+        more = {"gb_per_s": round(self.met.bytes_per_s / 1e9, 3), "trial": self.trial}
+        times = {name: round(seconds * 1e3, 3) for name, seconds in each.items()}
+        return {"chunks": self.best.chunks} | times | more
+
     def tell(self) -> str:
         """For a person who asks why."""
         met = self.met

@@ -41,6 +41,7 @@ def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
             # The library path tells of layers as they come, however small they are.
             **{"ring_bytes": "8MiB", "transport": "aiobotocore", "read_timeout_ms": 1500},
             **{"admission": "just-in-time", "late_timeout_ms": 5000, "attempts": 1},
+            **{"lookup_timeout_ms": 5000},  # a busy machine may need it
         }
         options = {name: more.pop(name) for name in ("ranks", "hooks_fire") if name in more}
         made.append(
