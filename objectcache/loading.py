@@ -16,7 +16,7 @@ from objectcache.tracked import Tracked
 from objectcache.turns import Turns
 
 DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
-CHOICES = 16  # in a step, each of which takes about a millisecond
+CHOICES = 8  # in a step: each takes a millisecond
 
 
 class Loading:

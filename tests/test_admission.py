@@ -297,6 +297,32 @@ def test_a_load_names_the_staged_block_of_every_token(data: st.DataObject) -> No
         assert copied == list(range(local, local + tokens, block))
 
 
+# ---- less than all of it
+
+
+@pytest.mark.parametrize("chunks", range(6))
+def test_no_more_is_fetched_than_was_chosen(chunks: int) -> None:
+    a = admission(loadable_tokens=76)
+    a.looked_up(5)
+    a.limit(chunks, 20)
+    a.limit(9, 0)
+    assert a.wanted(20) == min(chunks, 4)
+    assert a.ask(20, 0.0).stage == (Stage(1, min(chunks, 4)) if chunks else None)
+    a.limit(1, 0)  # too late
+    a.staged(chunks)
+    assert a.ask(20, 0.1).tokens == (min(76, 16 * (chunks + 1)) - 20 if chunks else 0)
+
+
+def test_a_load_that_is_given_up_is_released_once_and_nothing_of_it_counts() -> None:
+    a = admission()
+    a.looked_up(4)
+    assert a.ask(0, 0.0).stage is not None
+    a.give_up()
+    a.staged(4)  # it came all the same
+    assert a.ask(0, 0.1) == Answer(0, release=True)
+    assert a.ask(0, 0.2) == NOTHING and not a.gone()
+
+
 # ---- random lives
 
 
@@ -347,11 +373,29 @@ class Life(RuleBasedStateMachine):
             self.came = chunks
         self.a.staged(chunks)
 
+    @rule(data=st.data(), chunks=st.integers(0, 6))
+    def less_is_chosen(self, data: st.DataObject, chunks: int) -> None:
+        local = self.BLOCK * data.draw(st.integers(0, self.prompt // self.BLOCK))
+        if self.a.phase is Phase.FOUND:
+            assert self.found is not None
+            self.found = min(self.found, local // self.CHUNK + chunks)
+        self.a.limit(chunks, local)
+        if self.a.phase is Phase.FOUND:
+            assert self.a.wanted(local) <= chunks
+
+    @rule()
+    def the_load_is_given_up(self) -> None:
+        if self.a.phase is Phase.STAGING:
+            self.came = 0
+        self.a.give_up()
+
     @precondition(lambda self: not self.admitted)
     @rule(data=st.data(), may_stage=st.booleans(), admit=st.booleans())
     def asks(self, data: st.DataObject, may_stage: bool, admit: bool) -> None:
         local = self.BLOCK * data.draw(st.integers(0, max(0, self.prompt - 1) // self.BLOCK))
+        wanted = self.a.wanted(local)
         answer = self.a.ask(local, self.now, may_stage)
+        assert answer.stage is None or answer.stage.count == wanted > 0
         self.check(answer, local)
         again = self.a.ask(local, self.now, may_stage)
         if answer.stage is None and not answer.release:
