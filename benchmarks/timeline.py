@@ -29,6 +29,7 @@ BYTES_PER_S = 6e6  # of a connection: beside so small a model a wire must be slo
 LEARNS_FROM = 12  # prompts
 BUCKET = "kvcache"
 WIDTH_IN, HEIGHT_IN = 9.0, 3.2
+NEAR = 0.05  # of a picture: what is nearer than that is one mark
 
 
 def records(lines: Iterable[str]) -> list[Record]:
@@ -102,14 +103,14 @@ def _row(row: Any, record: Record, shift: float) -> None:
     count = layers(record)
     ends = of(record, "first token") or of(record, "ended")
     end = shift + (ends[0][0] if ends else max(event[0] for event in record["events"]) * 1e3)
-    for what, colour in (("found", "#888888"), ("staging", "#888888"), ("admitted", "#2a7f3f")):
-        for at, _ in of(record, what)[:1]:
-            row.axvline(shift + at, color=colour, linewidth=1.2)
-            side = "right" if what == "found" else "left"
-            label = {"found": "found ", "staging": " reads", "admitted": " admitted"}[what]
-            row.text(
-                shift + at, count * 1.02, label, color=colour, ha=side, va="bottom", fontsize=8
-            )
+    lookups, reads = of(record, "found"), of(record, "staging")
+    marks = [(at, " looked up", 0.92, "#888888") for at, _ in lookups[:1]]
+    if lookups and reads and reads[0][0] > lookups[0][0] + NEAR * (end - shift):
+        marks.append((reads[0][0], " reads", 0.84, "#888888"))  # it had to wait
+    marks += [(at, " admitted", 1.02, "#2a7f3f") for at, _ in of(record, "admitted")[:1]]
+    for at, label, height, colour in marks:
+        row.axvline(shift + at, color=colour, linewidth=1.2)
+        row.text(shift + at, count * height, label, color=colour, va="bottom", fontsize=8)
     row.axvline(shift, color="black", linewidth=1.2)
     row.axvline(end, color="black", linewidth=1.2)
     last = "first token" if of(record, "first token") else "end"
@@ -123,7 +124,7 @@ def _row(row: Any, record: Record, shift: float) -> None:
     loaded = sum(about["loaded"] for _, about in of(record, "admitted"))
     title = f"{record['request']}: {record['prompt_tokens']} tokens, {loaded} of them loaded"
     row.set_title(title, fontsize=9, loc="left", pad=14)
-    row.legend(loc="center left", fontsize=8, frameon=False, bbox_to_anchor=(0.0, 0.6))
+    row.legend(loc="lower right", fontsize=8, frameon=False)
 
 
 def _pass(row: Any, shift: float, began: float, about: dict[str, Any]) -> None:
