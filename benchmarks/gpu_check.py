@@ -16,7 +16,6 @@ one is not. The first lines of a failed engine's log are in its line.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
 from benchmarks.case_processes import Case, run_all
 from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 
@@ -395,15 +395,12 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command.parser(__doc__, "out")
     parser.add_argument("--case", help="one case as JSON")
     parser.add_argument("--cases", help="numbers of the cases to run, such as 0,3,16")
     parser.add_argument("--list", action="store_true", help="the cases and their numbers")
     parser.add_argument("--parallel", type=int, default=1, help="engines side by side")
     parser.add_argument("--seconds", type=float, default=1e6, help="be done by then")
-    parser.add_argument("--out", type=Path, help="where the JSON lines go as well")
     args = parser.parse_args()
     chosen = [CASES[int(n)] for n in args.cases.split(",")] if args.cases else CASES
     if args.case is not None:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import results
+from benchmarks import command, results
 from benchmarks.chunks import Chunks
 from benchmarks.clients import (
     Absent,
@@ -41,6 +41,7 @@ from benchmarks.clients import (
     ObjectCacheObstore,
     Read,
 )
+from benchmarks.command import say
 from benchmarks.decodes import SEQUENCES, Decodes
 from benchmarks.engine import SETTINGS
 from benchmarks.lab import MIB, Lab, Scale
@@ -362,13 +363,7 @@ def pinned(size: int) -> memoryview:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     slice_bytes, slots = (16 << 10, 8) if args.cpu else (MIB, 2 * CROWD)
-    about = {
-        "benchmark": "steps",
-        "machine": args.machine or ("smoke" if args.cpu else results.machine()),
-        "commit": results.commit(),
-    }
-    path = args.out or results.FOLDER / f"steps-{about['machine']}.jsonl"
-    lines = results.Lines(path)
+    path, lines, about = command.begin("steps", args, args.cpu)
     scale = Scale(slots, slots, len(os.sched_getaffinity(0)), slice_bytes)
     with tempfile.TemporaryDirectory(prefix="steps-", dir="/dev/shm") as name:
         folder = Path(name)
@@ -433,24 +428,17 @@ def rounds(
         say(f"round {number + 1} of {args.rounds} done")
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = command.parser(
+        __doc__,
+        *("systems", "rounds", "seconds", "machine", "out"),
+        systems=[PROCESS, *TRANSPORTS],
     )
     add = parser.add_argument
     add("--cpu", action="store_true", help="a tiny model and tiny chunks")
-    add("--systems", default=",".join([PROCESS, *TRANSPORTS]), help="names with commas between")
     add("--threads", default="4,8,16", help="of the direct path; empty: what it takes by itself")
     add("--processes", default="1,2", help="that move bytes as in an engine with a GPU")
-    add("--rounds", type=int, default=3)
     add("--window", type=float, default=1.5, help="seconds of steps with each stream")
-    add("--seconds", type=float, default=3600.0, help="start nothing new after this time")
-    add("--machine", help="name for the results")
-    add("--out", type=Path, help="file for the results")
     args = parser.parse_args()
     # Before vLLM is imported: all of the engine in this process.
     os.environ.update(SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})

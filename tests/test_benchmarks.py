@@ -18,12 +18,13 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from benchmarks.clients import Endpoint, ObjectCacheAiobotocore
+from benchmarks.command import clean
 from benchmarks.lab import MIB, Lab, ReaderProcess, Scale
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
 from benchmarks.results import ROOT, Lines, latest, read
 from benchmarks.s3_like import FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like, sigma
 from benchmarks.steps import Seen, Source, Stream, measure
-from benchmarks.transport import cases, clean, modelled_best_s
+from benchmarks.transport import cases, modelled_best_s
 from benchmarks.transport_report import write
 from objectcache.errors import Corrupt
 
