@@ -15,7 +15,8 @@ modes
     answered: 4K to 64K tokens, hits of 0 to 100 %, 128 tokens out. Admit when staged, at once, just
     in time (with its margin, and without leave to be early), or compute everything.
 rules
-    16 or 64 prompts at once, or two a second: who of them gets the wire.
+    16 or 64 prompts at once, or two a second: who of them gets the wire; with all that is found
+    loaded, and with load or recompute decided, which changes what is loaded with every rule.
 fleet
     1,000 engines on one bucket, each with a wire of 25 Gbps, bursts of five times the usual rate: what
     is refused below so many prefixes, what users wait and what S3 bills.
@@ -82,8 +83,9 @@ def cases(smoke: bool = False) -> Iterator[Case]:
     for load in LOADS:
         for gbps in (25, 100):
             for rule in ("ours", "equal", "calibrated", "in-order"):
-                if not smoke or load == "16 at once":
-                    yield Case("rules", rule, {"load": load, "gbps": gbps})
+                for loads in ("all", "decided"):
+                    if not smoke or (load == "16 at once" and loads == "all"):
+                        yield Case("rules", rule, {"load": load, "gbps": gbps, "loads": loads})
     for prefixes in (1,) if smoke else (1, 4, 16):
         for system in ("recompute", "staged", "just in time"):
             if prefixes == 1 or system != "recompute":
@@ -105,7 +107,8 @@ def measure(case: Case, seed: int = 0) -> dict[str, Any]:
         )
     if case.group == "rules":
         wire = about["gbps"] * GBPS
-        setting = Setting(mode=JUST_IN_TIME, wire_rule=case.system, wire_bytes_per_s=wire)
+        split = about["loads"] == "decided"
+        setting = Setting(JUST_IN_TIME, case.system, wire_bytes_per_s=wire, split=split)
         return _open(setting, *LOADS[about["load"]], seed)
     return _fleet(MODES[case.system], about["engines"], about["prefixes"], seed)
 

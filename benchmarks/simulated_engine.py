@@ -23,8 +23,7 @@ from benchmarks.simulated_prompts import (
     Setting,
     Step,
     Tally,
-    plan_of,
-    rounded,
+    plan_for,
 )
 from objectcache import moment, sharing, worth
 from objectcache.arrival import Coming, WireRate
@@ -35,7 +34,7 @@ from objectcache.plan import Plan
 RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
 ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
 ASK_MOST_S = 0.05  # and with more time left, a quarter of it, at most so long
-RESHARE_S = 0.005
+RESHARE_S, REFUSED_LATELY_S = 0.005, 5.0
 GPU_NOISE = 0.03
 BEYOND_BYTES_PER_S = 0.625e9  # 5 Gbps, of the calibrated rule
 
@@ -59,7 +58,7 @@ class Engine:
         self._asks_at = math.inf
         self._free_slots, self._free_blocks = setting.ring_slots, setting.gpu_blocks
         self._slots: dict[Fetch, int] = {}
-        self._shared_at = -math.inf
+        self._shared_at = self._refused_at = -math.inf
         self._bodies = 0
         self._pending: dict[str, float] = {}
         self.tally = Tally()
@@ -80,15 +79,10 @@ class Engine:
         self._wake()
 
     def _found(self, request: Request) -> None:
-        hit = worth.Hit(
-            request.prompt_tokens,
-            0,
-            CHUNK_TOKENS,
-            request.hit_chunks,
-            LAYERS * SLICE_BYTES,
-            LAYERS,
-        )
         chunks = request.hit_chunks
+        hit = worth.Hit(
+            request.prompt_tokens, 0, CHUNK_TOKENS, chunks, LAYERS * SLICE_BYTES, LAYERS
+        )
         if self._setting.split:
             chunks = self._worth(request, hit)
         chunks = min(chunks, self._setting.ring_slots)
@@ -109,7 +103,7 @@ class Engine:
             choice = worth.choose(hit, self._meets(), self._compute, trial=True)
         else:
             return 0
-        request.choice, request.found_s = choice, now
+        request.choice = choice
         return choice.best.chunks
 
     def _store(self) -> StoreModel:
@@ -119,31 +113,24 @@ class Engine:
         return replace(seen, wire_bytes_per_s=min(seen.wire_bytes_per_s, rate))
 
     def _plan(self, request: Request, chunks: int) -> Plan:
-        seen = self._store()
-        store = StoreModel(
-            rounded(seen.first_byte_s),
-            rounded(max(seen.first_byte_p99_s, 1.5 * seen.first_byte_s)),
-            rounded(seen.connection_bytes_per_s),
-            rounded(seen.wire_bytes_per_s),
-        )
-        layer_s = rounded(self._first_pass_s(request).mean_s / LAYERS)
+        layer_s = self._first_pass_s(request).mean_s / LAYERS
         if self._setting.mode == moment.STAGED:
             layer_s = 0.0
-        return plan_of(chunks, self._flow.limit(self._line.now), store, layer_s)
+        return plan_for(chunks, self._flow.limit(self._line.now), self._store(), layer_s)
 
     def _meets(self) -> worth.Now:
         setting, model = self._setting, self._store()
         wire = min(model.wire_bytes_per_s, setting.connections * model.connection_bytes_per_s)
         served = self._wire.served
         waiting = [r.fetch for r in self._queue if r.fetch is not None]
-        left = sum(f.total_bytes - f.landed(served) for f in waiting)
+        left = [f.total_bytes - f.landed(served) for f in waiting]
         return worth.Now(
             model,
             setting.connections,
             wire,
-            wire_busy_s=left / wire,
+            wire_busy_s=sum(left) / wire,
             gpu_busy_s=self._gpu_busy_s([r for r in self._queue if r.decided and not r.fetch]),
-            wire_line=sum(f.total_bytes > f.done_bytes for f in waiting),
+            wire_line=sum(one > 0 for one in left),
             gpu_line=len(self._queue) - 1 + len(self._decoding),
             pass_tokens=setting.pass_tokens,
             beside=self._decode_work(),
@@ -226,12 +213,15 @@ class Engine:
         fetch, choice, tokens = request.fetch, request.choice, self._setting.pass_tokens
         if choice is None or fetch is None:
             return False
+        if fetch.unsent and self._line.now - self._refused_at > REFUSED_LATELY_S:
+            return False  # what it waits for is its turn
         admit_s = found.at_s - found.margin_s - self._line.now
         rest = self._compute.seconds(prefill(request.left, request.context, tokens))
         whole = self._compute.seconds(prefill(request.prompt_tokens, 0, tokens))
         if worth.still_worth(admit_s, rest, whole, self._gpu_busy_s()):
             return False
-        self._use.loaded(self._line.now, choice, self._line.now + admit_s - request.found_s)
+        since_s = min(fetch.sent_s, self._line.now)
+        self._use.loaded(self._line.now, choice, self._line.now + admit_s - since_s)
         request.fetch, request.choice = None, None
         request.context, request.left = 0, request.prompt_tokens
         fetch.unsent.clear()
@@ -327,6 +317,7 @@ class Engine:
         now = self._line.now
         if group is None:
             group = fetch.unsent.pop()
+            fetch.sent_s = min(fetch.sent_s, now)
             fetch.in_flight += 1
             self._bodies += 1
             self._flow.began(now)
@@ -369,10 +360,12 @@ class Engine:
             self._bodies -= 1
             self._flow.ended(self._line.now)
             self._ended(fetch)
+            self._send()
 
         begun_s, beside = [now], [0.0]
         if not self._s3.get(first_byte):
             self._flow.throttled(now)
+            self._refused_at = now
             pause_s = self._random.random() * min(2.0, RETRY_S * 2 ** (attempt - 1))
             self._line.at(now + 0.01 + pause_s, again)
 
@@ -439,7 +432,8 @@ class Engine:
     def _judge(self, request: Request) -> None:
         """Whether its load kept what was expected, now that all of it is there."""
         if request.choice is not None:
-            self._use.loaded(self._line.now, request.choice, self._line.now - request.found_s)
+            took_s = self._line.now - request.fetch.sent_s if request.fetch else 0.0
+            self._use.loaded(self._line.now, request.choice, took_s)
 
     def _may_admit(self, request: Request, next_ask_s: float) -> bool:
         if not request.decided or request.blocks > self._free_blocks:

@@ -53,7 +53,6 @@ class Request:
     context: int = 0
     decoded: int = 0
     decided: bool = False
-    found_s: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -72,6 +71,7 @@ class Fetch:
         self.in_flight = 0
         self.bodies: dict[int, tuple[float, int]] = {}  # under way: service from which, bytes
         self.done_bytes = 0
+        self.sent_s = math.inf  # its first request
         self.started = self.admitted = self.given_up = False
         self.ready_at: list[float] = []  # of the layers of an admitted one
         self.coming: Coming | None = None
@@ -96,13 +96,23 @@ class Fetch:
         return LAYERS
 
 
+def plan_for(chunks: int, connections: int, seen: StoreModel, layer_s: float) -> Plan:
+    """The package's plan. What it is made from is rounded, so that it is found again."""
+    store = StoreModel(
+        _rounded(seen.first_byte_s),
+        _rounded(max(seen.first_byte_p99_s, 1.5 * seen.first_byte_s)),
+        _rounded(seen.connection_bytes_per_s),
+        _rounded(seen.wire_bytes_per_s),
+    )
+    return _plan(chunks, connections, store, _rounded(layer_s))
+
+
 @functools.cache
-def plan_of(chunks: int, connections: int, store: StoreModel, layer_s: float) -> Plan:
-    """The package's plan. Its model of the store and the layers' time come rounded, to be found again."""
+def _plan(chunks: int, connections: int, store: StoreModel, layer_s: float) -> Plan:
     return plan(chunks, LAYOUT, store, Limits(connections), layer_s=layer_s)
 
 
-def rounded(value: float) -> float:
+def _rounded(value: float) -> float:
     return float(f"{value:.1g}") if value < math.inf else value
 
 

@@ -263,6 +263,9 @@ def measure(args: argparse.Namespace) -> int:
             if name != "none"
         }
         setup = _setup(args, folder, cases)
+        if args.trace is not None:
+            args.trace.mkdir(parents=True, exist_ok=True)
+            setup.traces = args.trace.resolve()
         rounds = _affordable(args, setup, list(written(plan)), folder)
         env = {name: text for place in places.values() for name, text in place.env.items()}
         env["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"  # NIXL's objects are plain bytes
@@ -432,6 +435,7 @@ def main() -> int:
     add("--folder", default="/dev/shm", help="for the local servers' data")
     add("--fresh-processes", action="store_true", help="import vLLM anew for each engine")
     add("--keep-log", type=Path, help="a file for what the engines said")
+    add("--trace", type=Path, help="a folder for objectcache's traces: see timeline.py")
     add("--smoke", action="store_true", help="a tiny model on the CPU, to see that it all works")
     args = parser.parse_args()
     if args.report:

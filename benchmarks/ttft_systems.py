@@ -79,6 +79,7 @@ class Setup:
     token_bytes: int  # of KV
     cases: Sequence[Case] = ()  # that the run has at most; memory is taken for these
     chunk_bytes: float = 0.0
+    traces: Path | None = None  # a folder for objectcache's traces
 
     @property
     def longest(self) -> Case:
@@ -278,6 +279,9 @@ class Ours(Session):
         options = self.place.options() | {"ring_bytes": ring_bytes(self.setup), "save": self.save}
         if self.setup.engine.get("load_format") == "dummy":
             options["model_id"] = "random-weights-of-a-benchmark"
+        if self.setup.traces is not None:
+            name = f"{self.place.name}-{'writes' if self.save else 'reads'}.jsonl"
+            options["trace_path"] = str(self.setup.traces / name)
         return {
             **{"kv_connector": "ObjectCacheConnector", "kv_role": "kv_both"},
             "kv_connector_module_path": "objectcache.connector",

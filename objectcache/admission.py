@@ -115,6 +115,29 @@ class Admission:
             self.phase = Phase.READY
             self.coming = True
 
+    def limit(self, chunks: int, local_tokens: int) -> None:
+        """No more than so many chunks after these tokens are to be loaded, although more exist."""
+        if self.phase is Phase.FOUND:
+            first = local_tokens // self.chunk_tokens
+            self._found = min(self._found, first + chunks)
+
+    def give_up(self) -> None:
+        """What is still to come of the job is not worth waiting for."""
+        if self.phase is Phase.STAGING:
+            self._staged = 0
+            self.phase = Phase.READY
+
+    def wanted(self, local_tokens: int) -> int:
+        """Chunks after these tokens that would be fetched now."""
+        end = min(self._found * self.chunk_tokens, self.loadable_tokens)
+        if self.phase is not Phase.FOUND or end <= local_tokens:
+            return 0
+        return -(-end // self.chunk_tokens) - local_tokens // self.chunk_tokens
+
+    def overdue(self, now: float) -> bool:
+        """Whether it has waited long enough for another that brings the same chunk."""
+        return self._deadline != 0.0 and now >= self._deadline
+
     @property
     def staging(self) -> bool:
         return self.phase is Phase.STAGING

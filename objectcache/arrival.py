@@ -5,7 +5,7 @@ chunk has it, so several things can hold it up, and the latest of them counts:
 
     its bytes           at the rate at which bytes came lately
     the slowest stream  has its share of that rate, and is where the last complete layer is
-    the pace            at which the last layers became complete
+    the pace            at which the last layers became complete; the latest of them count most
     a first byte        of a request that got none yet
 """
 
@@ -20,9 +20,12 @@ from objectcache.flow import StoreModel
 LATELY_S = 0.5  # time constant in which what was seen fades
 PRIOR_S = 0.03  # seconds of looking that a prior rate is worth
 BURST_S = 0.02  # of traffic that comes or stays away as one, in the prior
-PRIOR_SPREAD = 0.7  # of a prior rate, as a share
+PRIOR_SPREAD = 0.9  # of a prior rate, as a share
 SHARE_SPREAD = 0.1  # of one stream's share of the rate
-PRIOR_PACE_SPREAD = 0.5  # of the time between two layers, while few were seen
+BEGIN_KEPT = 0.3  # of what was seen before the first layer was there
+PACE_SPREAD = 0.35  # of the time between two layers, as a share
+PACE_PRIOR = 1.0  # layers that an equal share of the rate is worth, beside the layers seen
+PACE_KEPT = 0.7  # with each layer, of what those before it count
 BODIES = 64  # of late, that tell the rate of a wire
 TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
 FORGET_S = 60.0  # after which a rate is not known any more
@@ -78,6 +81,7 @@ class Coming:
         self._landed = self._ready = self._waiting = 0
         self._left: tuple[int, ...] | None = None
         self._ready_at: list[float] = []  # of each layer that is there
+        self._paced_s = self._paced = 0.0  # seconds, and layers that came in them, lately
         self._first_at: float | None = None  # when bytes were first seen
         self._begun_at = began  # when a request got its first byte last
         prior = min(self._streams * store.connection_bytes_per_s, store.wire_bytes_per_s)
@@ -116,10 +120,17 @@ class Coming:
             self._flowed(now - self._at, landed_bytes - self._landed)
         if waiting < self._waiting:
             self._begun_at = now
+        if layers_ready and not self._ready:
+            self._fade(BEGIN_KEPT)  # some had hardly begun: it says little of how they go on
         self._at, self._landed, self._waiting = now, landed_bytes, waiting
         self._left = tuple(left_bytes) if left_bytes is not None else None
         self._ready = min(max(self._ready, layers_ready), len(self._behind))
-        self._ready_at += [now] * (self._ready - len(self._ready_at))
+        more = self._ready - len(self._ready_at)
+        if more and self._ready_at:
+            kept = PACE_KEPT**more
+            self._paced_s = self._paced_s * kept + now - self._ready_at[-1]
+            self._paced = self._paced * kept + more
+        self._ready_at += [now] * more
 
     def arrivals(self, now: float) -> Arrivals:
         """As it looks after what was seen. `now` is not before the last report."""
@@ -129,7 +140,7 @@ class Coming:
         latest = _At(now, 0.0)
         for layer in range(self._ready, len(self._behind)):
             reasons = [latest, self._by_bytes(layer, now, rate), self._by_slowest(layer, now, rate)]
-            pace = self._by_pace(layer, now)
+            pace = self._by_pace(layer, now, rate)
             if pace is not None:
                 reasons.append(pace)
             if first_byte is not None:
@@ -149,11 +160,18 @@ class Coming:
             self._bytes += size
             return
         beyond = size - self.bytes_per_s * seconds
-        kept = math.exp(-seconds / LATELY_S)
-        self._seconds = self._seconds * kept + seconds
-        self._bytes = self._bytes * kept + size
-        self._surplus = self._surplus * kept + beyond**2 / seconds
-        self._reports = self._reports * kept + 1
+        self._fade(math.exp(-seconds / LATELY_S))
+        self._seconds += seconds
+        self._bytes += size
+        self._surplus += beyond**2 / seconds
+        self._reports += 1
+
+    def _fade(self, kept: float) -> None:
+        """Of what was seen until now so much still counts."""
+        self._seconds *= kept
+        self._bytes *= kept
+        self._surplus *= kept
+        self._reports *= kept
 
     def _rate(self) -> _Rate:
         rate = max(1.0, self.bytes_per_s)
@@ -185,19 +203,23 @@ class Coming:
         left_s = max(0.0, begins + takes_s - now)
         return _At(now + left_s, left_s * math.hypot(SHARE_SPREAD, rate.unsure))
 
-    def _by_pace(self, layer: int, now: float) -> _At | None:
-        """None until two layers came one after the other, and for layers of later requests. What is
-        overdue is expected to take as long again as it is overdue."""
-        if len(set(self._ready_at)) < 2 or self._group_of[layer] >= self._ready:
+    def _by_pace(self, layer: int, now: float, rate: _Rate) -> _At | None:
+        """None until a layer came, and for layers of later requests. A begin is often slow, and says
+        little of the rest: so the latest layers count most, and beside them an equal share of the rate.
+        What is overdue is expected to take as long again as it is overdue, and slows down the rest."""
+        if not self._paced or self._group_of[layer] >= self._ready:
             return None
         last, count = self._ready_at[-1], len(self._ready_at)
-        first = self._ready_at[0]
-        began_with = self._ready_at.count(first)
-        pace_s = (last - first) / (count - began_with)
+        share_s = (self._behind[layer] - self._behind[count - 1]) / (layer + 1 - count)
+        share_s /= rate.bytes_per_s
+        seen, seconds = PACE_PRIOR + self._paced, PACE_PRIOR * share_s + self._paced_s
+        pace_s = seconds / seen
         overdue_s = max(0.0, now - last - pace_s)
+        if overdue_s:
+            pace_s = (seconds * PACE_KEPT + now - last) / (seen * PACE_KEPT + 1)
         more = layer + 1 - count
-        spread = PRIOR_PACE_SPREAD / math.sqrt(count)
         mean_s = max(last + pace_s, now + overdue_s) + (more - 1) * pace_s
+        spread = PACE_SPREAD / math.sqrt(1 + seen)
         return _At(mean_s, math.hypot(overdue_s, spread * more * pace_s))
 
     def _last_first_byte(self, now: float) -> _At | None:

@@ -87,6 +87,14 @@ class Options:
         "layers then do not come ends with an error.",
         choices=("staged", "just-in-time"),
     )
+    load: str = _option(
+        "always",
+        "How much of a prefix that the store has is loaded: `always` all of it, or `sooner` as much as "
+        "brings the first token soonest; the rest is computed. What is sooner follows from what the "
+        "store was measured to give and this engine's passes to take; until both are known, and with a "
+        "store that measures nothing (a directory), all is loaded.",
+        choices=("always", "sooner"),
+    )
     late_timeout_ms: int = _option(
         2000,
         "How long a step may wait for a layer of a prompt that was admitted just in time; then that "
@@ -108,6 +116,13 @@ class Options:
         5000, "Longest silence on a connection before a request is given up.", low=1
     )
     attempts: int = _option(3, "Tries for each request, the first included.", low=1, high=10)
+    hedge_percent: int = _option(
+        5,
+        "How many of a hundred GETs may be sent a second time because the store's answer is late, "
+        "later than as many of a hundred usually are; the answer that comes first counts. `0`: none.",
+        low=0,
+        high=20,
+    )
     known_ttl_s: int = _option(
         300, "How long a chunk that was seen is taken to exist without asking again.", low=0
     )
@@ -125,6 +140,12 @@ class Options:
         "What to do at start-up if the store cannot be used: `warn` and run without hits until it "
         "can, or `require` and refuse to start.",
         choices=("warn", "require"),
+    )
+    trace_path: str = _option(
+        "",
+        "A file to which a line of JSON is added for each prompt that ended: when it arrived, was looked up, "
+        "staged, admitted, computed, and why. Of no prompt it holds a token. At most 64 MiB; one for "
+        "each engine. At level DEBUG the log tells the same.",
     )
     endpoint_url: str = _option(
         "", "S3 server other than AWS (MinIO, Ceph, SeaweedFS, R2), such as `http://minio:9000`."

@@ -20,20 +20,24 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from objectcache import identity, support
+from objectcache.choosing import Choosing
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
 from objectcache.keys import Namespace
-from objectcache.messages import StepCommands, StepReport, WorkerPlace
+from objectcache.messages import Coming, StepCommands, StepReport, WorkerPlace
 from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
 from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
 from objectcache.timely import Timely
+from objectcache.tracefile import open_trace
+from objectcache.turns import Turns
 from objectcache.weights import LoraDigests, Weights
 from objectcache.worker import WorkerHalf
 
 if TYPE_CHECKING:
     from vllm.forward_context import ForwardContext
+    from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -65,6 +69,9 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._place: WorkerPlace | None = None
+        self._block_pool: BlockPool | None = None
+        path = self._options.trace_path if role is KVConnectorRole.SCHEDULER else ""
+        self._trace, self._close_trace = open_trace(path)
         self._layers_call_back = False
         lora = vllm_config.lora_config
         self._loras = LoraDigests(str(lora.lora_dtype) if lora is not None else "auto")
@@ -86,9 +93,19 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         """Otherwise vLLM ends a request with an error if any of its blocks is not loaded."""
         return self._kv_transfer_config.kv_load_failure_policy == "recompute"
 
-    def _timely(self, places: list[WorkerPlace]) -> Timely:
+    def _timely(self, places: list[WorkerPlace]) -> Timely | None:
+        in_time = self._options.admission == "just-in-time"
+        if not in_time and self._options.load == "always":
+            return None
         most = self._vllm_config.scheduler_config.max_num_batched_tokens
-        return Timely(places[0].slice_bytes, most, len(places))
+        return Timely(places[0].slice_bytes, most, len(places), admits=in_time)
+
+    def _choosing(self, timely: Timely | None, place: WorkerPlace) -> Choosing | None:
+        if timely is None or self._options.load == "always":
+            return None
+        slices = place.slice_bytes
+        room = None if self._may_stream else place.stage_chunks
+        return Choosing(timely, self._options.chunk_tokens, sum(slices), len(slices), room)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -98,6 +115,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         for half in (self._scheduler, self._worker):
             if half is not None:
                 half.shutdown()
+        self._close_trace()
 
     def get_kv_connector_stats(self) -> ObjectCacheStats | None:
         half = self._scheduler or self._worker
@@ -129,6 +147,14 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._refusal is not None or not places:
             return
         transfer, cache = self._kv_transfer_config, self._vllm_config.cache_config
+        stage_chunks = min(place.stage_chunks for place in places)
+        timely = self._timely(places)
+        turns = Turns(
+            stage_chunks,
+            self._kv_cache_config.num_blocks,
+            self._vllm_config.scheduler_config.policy == "priority",
+            self._options.stage_timeout_ms / 1000,
+        )
         self._scheduler = SchedulerHalf(
             self._options,
             self._name_engine(places, reset=None),
@@ -138,11 +164,24 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             local_prefixes=bool(cache.enable_prefix_caching),
-            stage_chunks=min(p.stage_chunks for p in places) if self._may_stream else None,
-            timely=self._timely(places) if self._options.admission == "just-in-time" else None,
+            turns=turns,
+            stage_chunks=stage_chunks if self._may_stream else None,
+            timely=timely,
+            choosing=self._choosing(timely, min(places, key=lambda place: place.stage_chunks)),
+            evict=self._evict,
+            trace=self._trace,
         )
         self._places = places
         self._scheduler.check()
+
+    def bind_gpu_block_pool(self, gpu_block_pool: "BlockPool") -> None:
+        self._block_pool = gpu_block_pool
+
+    def _evict(self, block_ids: set[int]) -> None:
+        """Whoever comes now computes these pages anew; requests that use them keep them."""
+        if block_ids:
+            assert self._block_pool is not None, "vLLM has not shown its blocks"
+            self._block_pool.evict_blocks(block_ids)
 
     def _name_engine(self, places: list[WorkerPlace], reset: str | None) -> Namespace:
         if any(place.facts != places[0].facts for place in places):
@@ -169,6 +208,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if isinstance(who, str):
             log.debug("objectcache leaves request %s alone: %s", request.request_id, who)
         else:
+            self._trace.arrived(request.request_id, request.num_tokens)
             self._scheduler.added(request, who.root, who.items, who.may_load)
 
     def get_num_new_matched_tokens(
@@ -176,7 +216,9 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[int | None, bool]:
         if self._scheduler is None:
             return 0, False
-        return self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
+        answer = self._scheduler.matched_tokens(request.request_id, num_computed_tokens)
+        self._trace.asked(request.request_id, answer[0])
+        return answer
 
     def update_state_after_alloc(
         self, request: "Request", blocks: "KVCacheBlocks", num_external_tokens: int
@@ -184,6 +226,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             block_ids = blocks.get_block_ids()[0] if num_external_tokens else []
             self._scheduler.allocated(request.request_id, block_ids, num_external_tokens)
+            self._trace.admitted(request.request_id, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
         if self._scheduler is None:
@@ -194,18 +237,33 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             groups = state.get_block_ids(request_id) if state is not None else None
             return groups[0] if groups else []
 
-        return self._scheduler.commands(scheduler_output.num_scheduled_tokens, block_ids)
+        commands = self._scheduler.commands(scheduler_output.num_scheduled_tokens, block_ids)
+        if self._trace.active:
+            commands.step = self._trace.stepping(commands.step, _computed(scheduler_output))
+        return commands
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         report = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(report, StepReport):
+            if self._trace.active:
+                self._trace.heard(
+                    [(one.job, one.ready, self._share(one)) for one in report.coming],
+                    [(one.job, one.chunks, one.error) for one in report.staged],
+                    [step for step, _ in report.steps],
+                    report.passes,
+                )
             self._scheduler.reported(report)
+
+    def _share(self, coming: Coming) -> float:
+        """Of a job's bytes, what is there."""
+        return coming.layers / max(1, coming.chunks * len(self._places[0].slice_bytes))
 
     def request_finished(
         self, request: "Request", block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         if self._scheduler is not None:
             self._scheduler.finished(request.request_id)
+            self._trace.finished(request.request_id, request.status.name)
         return False, None  # pages were copied out within their step: blocks are free at once
 
     def request_finished_all_groups(
@@ -247,6 +305,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             writes=rank % replicas == 0,
             streams=self._may_stream,
             neighbours=parallel.local_world_size * max(1, parallel.data_parallel_size_local),
+            # A step in several parts calls a layer's hook for each of them.
+            whole_layers=not parallel.use_ubatching,
         )
         self._place = WorkerPlace(
             facts,
@@ -283,7 +343,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any
     ) -> None:
-        pass  # chunks are copied out whole, after the forward pass
+        if self._worker is not None:
+            self._worker.layer_computed(layer_name)
 
     def wait_for_save(self) -> None:
         if self._worker is not None:
@@ -299,6 +360,14 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None
+
+
+def _computed(output: "SchedulerOutput") -> dict[str, int]:
+    """Tokens of each request that are computed after this step."""
+    cached = output.scheduled_cached_reqs
+    before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    before |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    return {name: before.get(name, 0) + n for name, n in output.num_scheduled_tokens.items()}
 
 
 def _require_whole_blocks(chunk_tokens: int, block_tokens: int) -> None:

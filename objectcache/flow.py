@@ -108,6 +108,10 @@ class Flow:
         self._wake(now)
         return self._limit()
 
+    def calm(self, now: float) -> bool:
+        """Whether the server did not ask for fewer requests lately."""
+        return now >= self._quiet_until
+
     def began(self, now: float) -> None:
         self._wake(now)
         self._count(now, 1)

@@ -75,11 +75,11 @@ class Late:
         load.copied = True
         return True
 
-    def over(self) -> list[int]:
-        """Jobs whose slots nobody uses any more. Each is named once."""
-        done = [job for job, load in self._loads.items() if load.copied and load.came is not None]
-        for job in done:
-            del self._loads[job]
+    def over(self) -> list[Coming]:
+        """Loads whose slots nobody uses any more. Each is named once."""
+        done = [load for load in self._loads.values() if load.copied and load.came is not None]
+        for load in done:
+            del self._loads[load.job]
         return done
 
     def jobs(self) -> list[int]:

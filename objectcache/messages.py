@@ -9,6 +9,9 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from objectcache.trace import PassTimes
+from objectcache.wire import Wire
+
 
 @dataclass(frozen=True)
 class StageCommand:
@@ -87,6 +90,14 @@ class Coming:
 
 
 @dataclass(frozen=True)
+class Landed:
+    """A load that began before all of its bytes were there has ended; `lost` if they did not come."""
+
+    job: int
+    lost: bool
+
+
+@dataclass(frozen=True)
 class Streamed:
     """`chunks` leading chunks of the stream are in their pages; `error` is why not more, or ""."""
 
@@ -111,7 +122,10 @@ class StepReport(KVConnectorWorkerMetadata):
     saved: list[Saved] = field(default_factory=list)
     streamed: list[Streamed] = field(default_factory=list)
     coming: list[Coming] = field(default_factory=list)
+    landed: list[Landed] = field(default_factory=list)
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
+    wires: list[tuple[int, Wire]] = field(default_factory=list)  # by shard; only what is new
+    passes: list[PassTimes] = field(default_factory=list)  # of those with loads, if they are traced
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "StepReport":
         assert isinstance(other, StepReport)
@@ -120,7 +134,10 @@ class StepReport(KVConnectorWorkerMetadata):
             self.saved + other.saved,
             self.streamed + other.streamed,
             self.coming + other.coming,
+            self.landed + other.landed,
             self.steps + other.steps,
+            self.wires + other.wires,
+            passes=self.passes + other.passes,
         )
 
 

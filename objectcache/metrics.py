@@ -14,6 +14,8 @@ COUNTERS: dict[str, str] = {
     "lookup_failures": "Lookups that ended in an error or a timeout.",
     "found_tokens": "Tokens of prompts that the store was found to have.",
     "hit_tokens": "Tokens whose KV was loaded and not computed.",
+    "recomputed_tokens": "Tokens that the store was found to have and that were computed, because that is sooner.",
+    "given_up_prompts": "Prompts whose load became so slow that all was computed.",
     "timely_prompts": "Prompts admitted just in time, before all of their prefix was there.",
     "waited_layers": "Layers for which a step had to wait.",
     "failed_prompts": "Prompts admitted just in time whose prefix then did not come: requests that failed.",
@@ -32,10 +34,13 @@ COUNTERS: dict[str, str] = {
     "read_bytes": "Body bytes received from the store.",
     "written_bytes": "Body bytes sent to the store.",
     "handed_over": "Requests that a faster way to S3 left to a slower one; the log says why, once for each reason.",
+    "hedged_requests": "GET requests sent because another one for the same bytes was late, or its body stalled; among get_requests.",
+    "hedges_won": "Second requests that were answered before the late one.",
 }
 STORE_COUNTERS = (
     *("get_requests", "put_requests", "head_requests"),
     *("read_bytes", "written_bytes", "handed_over"),
+    *("hedged_requests", "hedges_won"),
 )
 
 

@@ -52,6 +52,19 @@ class Moment:
         """Whether it is time."""
         return now >= self.at_s
 
+    def numbers(self, now: float) -> dict[str, float]:
+        """For a machine that draws it: in milliseconds from now, but for the number of the layer."""
+        each = {
+            "possible_ms": self.at_s - now,
+            "arrives_ms": self.arrives_s - now,
+            "staged_ms": self.staged_s - now,
+            "margin_ms": self.margin_s,
+            "layer_ms": self.layer_s.mean_s,
+            "layer_sigma_ms": self.layer_s.sigma_s,
+            "pass_ms": self.pass_s,
+        }
+        return {"layer": self.layer} | {name: round(s * 1e3, 3) for name, s in each.items()}
+
     def tell(self, now: float) -> str:
         """For a person who asks why."""
         wait_s = self.at_s - now

@@ -24,6 +24,7 @@ from objectcache.stores import open_store
 from objectcache.stores.base import StoreCounters
 from objectcache.streamer import StageResult, Streamer
 from objectcache.through import StreamResult, Through
+from objectcache.wire import Wire
 
 CLOSE_TIMEOUT_S = 1.0
 NAMESPACES_MAX = 4  # in which saves may still be under way
@@ -113,6 +114,11 @@ class Mover(ABC):
 
     @property
     @abstractmethod
+    def wire(self) -> Wire | None:
+        """What the store gave until the latest job ended; None if nothing is known, or nothing is to."""
+
+    @property
+    @abstractmethod
     def leased(self) -> int:
         """Slots for loads that are in use; zero when all is quiet."""
 
@@ -157,6 +163,7 @@ class LocalMover(Mover):
         self._store = open_store(berth.options, berth.threads)
         self._loop: LoopThread | None = LoopThread("objectcache-mover")
         self._streamer: Streamer | None = None
+        self._wire: Wire | None = None
         self._loop.call(lambda loop: loop.spawn(self._open_store()), self._loop)
 
     async def _open_store(self) -> None:
@@ -248,6 +255,10 @@ class LocalMover(Mover):
         return self._store.counters
 
     @property
+    def wire(self) -> Wire | None:
+        return self._wire
+
+    @property
     def leased(self) -> int:
         return self._ring.leased
 
@@ -270,6 +281,9 @@ class LocalMover(Mover):
     def _look_at(self, saver: Saver, result: StageResult | StreamResult) -> None:
         if isinstance(result.error, Corrupt):
             saver.spoilt(result.failed_key)
+        pace = self._store.pace() if self._store.counters.read_bytes else None
+        if pace is not None:
+            self._wire = Wire(pace.model, pace.connections)
         self._tell(result)
 
     def _tell(self, event: Event) -> None:

@@ -28,6 +28,7 @@ from objectcache.saver import SaveResult
 from objectcache.stores.base import StoreCounters
 from objectcache.streamer import StageResult
 from objectcache.through import StreamResult
+from objectcache.wire import Wire
 
 _START = (
     "import sys; sys.path[:] = sys.argv[3].split('\\n'); "
@@ -152,6 +153,10 @@ class MoverProcess(Mover):
         return self._counted + self._child.counters
 
     @property
+    def wire(self) -> Wire | None:
+        return self._child.wire if self._child is not None else None
+
+    @property
     def leased(self) -> int:
         return self._child.leased if self._child is not None else 0
 
@@ -252,6 +257,10 @@ class _Child:
         return self._state.counters
 
     @property
+    def wire(self) -> Wire | None:
+        return self._state.wire
+
+    @property
     def leased(self) -> int:
         """Slots in use; not zero while it has orders that it may not have read."""
         state = self._state
@@ -310,6 +319,7 @@ class _State:
     counters: StoreCounters = field(default_factory=StoreCounters)
     leased: int = 0
     heeded: int = 0  # orders
+    wire: Wire | None = None
 
 
 def serve(pipe: int, memory: int) -> None:
@@ -368,7 +378,9 @@ class _Served:
     def _tell(self) -> None:
         lines, self._lines = self._lines, []
         mover = self._mover
-        state = _State(mover.take(), lines, replace(mover.counters), mover.leased, self._heeded)
+        state = _State(
+            mover.take(), lines, replace(mover.counters), mover.leased, self._heeded, mover.wire
+        )
         if state != self._told:
             self._orders.send_bytes(pickle.dumps(state))
             self._told = replace(state, events=[], lines=[])

@@ -16,6 +16,7 @@ from objectcache.saver import SaveResult
 from objectcache.stores.base import StoreCounters
 from objectcache.streamer import StageResult
 from objectcache.through import StreamResult
+from objectcache.wire import Wire, together
 
 
 @dataclass
@@ -122,6 +123,10 @@ class Movers(Mover):
     @property
     def counters(self) -> StoreCounters:
         return sum((mover.counters for mover in self._movers), StoreCounters())
+
+    @property
+    def wire(self) -> Wire | None:
+        return together([mover.wire for mover in self._movers])
 
     @property
     def leased(self) -> int:

@@ -11,6 +11,7 @@ from typing import Protocol
 from objectcache.errors import Corrupt, ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout, Part, Verifier
 from objectcache.loop import LoopThread
+from objectcache.order import Turn, Turns
 from objectcache.plan import Limits, plan
 from objectcache.report import log
 from objectcache.shelf import Place, Shelf
@@ -29,6 +30,7 @@ class Chunk:
 
     verifier: Verifier
     work: "asyncio.Task[BaseException | None]"
+    turns: Turns
 
     def failure(self) -> ObjectCacheError:
         """Why it is not there, for a user; it did not come in time if it may still come."""
@@ -71,31 +73,52 @@ class Reads:
         """Those of the places that are being read, in their order."""
         return {place: self._chunks[place] for place in places if place in self._chunks}
 
-    def start(self, places: Sequence[Place], chunk_hashes: Sequence[bytes]) -> None:
+    def turn(self, came_s: float, chunks: int) -> Turn:
+        """Of a job that came then and wants so many chunks. They go by `want`, or are read by it."""
+        return Turn(came_s, chunks * self._layout.object_bytes)
+
+    def want(self, turn: Turn, place: Place) -> None:
+        """A job wants a chunk that others read, or that is there."""
+        chunk = self._chunks.get(place)
+        left_bytes = 0
+        if chunk is not None:
+            chunk.turns.join(turn)
+            left_bytes = chunk.turns.left_bytes
+        turn.left_bytes -= self._layout.object_bytes - left_bytes
+
+    def start(self, places: Sequence[Place], chunk_hashes: Sequence[bytes], turn: Turn) -> None:
         """Read these chunks together, in the order of a plan."""
         verifiers = [
             self._verifier(place, chunk_hash)
             for place, chunk_hash in zip(places, chunk_hashes, strict=True)
         ]
         reads: list[list[asyncio.Future[None]]] = [[] for _ in places]
+        turns = [Turns(turn, self._layout.object_bytes) for _ in places]
         for chunk, first, last in self._fetches(len(places)):
             part = verifiers[chunk].part(first, last)
-            reads[chunk].append(asyncio.ensure_future(self._read_part(places[chunk], part)))
-        for place, verifier, parts in zip(places, verifiers, reads, strict=True):
-            self._bring_soon(place, verifier, parts)
+            reads[chunk].append(
+                asyncio.ensure_future(self._read_part(places[chunk], part, turns[chunk]))
+            )
+        for place, verifier, parts, wanted in zip(places, verifiers, reads, turns, strict=True):
+            self._bring_soon(place, verifier, parts, wanted)
 
-    def start_whole(self, place: Place, chunk_hash: bytes) -> None:
+    def start_whole(self, place: Place, chunk_hash: bytes, turn: Turn) -> None:
         """Read one chunk by one GET: of chunks that are wanted one after the other the first counts."""
         verifier = self._verifier(place, chunk_hash)
         part = verifier.part(0, len(self._layout.slice_bytes))
-        read = asyncio.ensure_future(self._read_part(place, part))
-        self._bring_soon(place, verifier, [read])
+        turns = Turns(turn, self._layout.object_bytes)
+        read = asyncio.ensure_future(self._read_part(place, part, turns))
+        self._bring_soon(place, verifier, [read], turns)
 
     def _bring_soon(
-        self, place: Place, verifier: Verifier, reads: "list[asyncio.Future[None]]"
+        self,
+        place: Place,
+        verifier: Verifier,
+        reads: "list[asyncio.Future[None]]",
+        turns: Turns,
     ) -> None:
         work = self._loop.spawn(self._bring(place, verifier, reads))
-        self._chunks[place] = Chunk(verifier, work)
+        self._chunks[place] = Chunk(verifier, work, turns)
 
     def _fetches(self, chunks: int) -> Iterable[tuple[int, int, int]]:
         """(chunk, first layer, last layer) of each GET, in the order to issue."""
@@ -105,7 +128,7 @@ class Reads:
         limits = Limits(pace.connections, part_bytes=pace.part_bytes)
         return plan(chunks, self._layout, pace.model, limits).fetches()
 
-    async def _read_part(self, place: Place, part: Part) -> None:
+    async def _read_part(self, place: Place, part: Part, turns: Turns) -> None:
         whole = part.span == slice(0, self._layout.object_bytes)
         await self._store.read(
             place.key,
@@ -113,7 +136,9 @@ class Reads:
             start=None if whole else part.span.start,
             marks=part.marks,
             landed=part.landed,
+            turns=turns,
         )
+        turns.landed(part.span.stop - part.span.start)
 
     async def _bring(
         self, place: Place, verifier: Verifier, reads: "list[asyncio.Future[None]]"

@@ -25,7 +25,14 @@ class Reporter:
 
     def warn(self, doing: str, error: ObjectCacheError) -> None:
         """`doing` says what was tried: "look up chunks". One line, with the hint."""
-        kind = f"{doing}/{type(error).__name__}"
+        self._say(f"could not {doing}", error, "Prompts are computed instead.")
+
+    def ignore(self, what: str, error: ObjectCacheError) -> None:
+        """`what` of a request is as if it were not there."""
+        self._say(f"ignores {what}", error, "")
+
+    def _say(self, what: str, error: ObjectCacheError, then: str) -> None:
+        kind = f"{what}/{type(error).__name__}"
         now = self._clock()
         last, silent = self._said.get(kind, (-REPEAT_S, 0))
         if now - last < REPEAT_S:
@@ -33,6 +40,4 @@ class Reporter:
             return
         self._said[kind] = (now, 0)
         more = f" ({silent} more since the last warning)" if silent else ""
-        self._log.warning(
-            "objectcache could not %s: %s Prompts are computed instead.%s", doing, error, more
-        )
+        self._log.warning("objectcache %s: %s%s%s", what, error, f" {then}" * bool(then), more)

@@ -5,17 +5,18 @@ polled. What to answer about one request is decided in admission.py; here its ev
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from objectcache import keys
 from objectcache.admission import Admission, Load, Phase, Stream, loadable
 from objectcache.breaker import Breaker
+from objectcache.choosing import Choosing, deadline_s_of
 from objectcache.config import Options
 from objectcache.errors import Misconfigured, ObjectCacheError
 from objectcache.index import KnownChunks
 from objectcache.keys import ChunkChain, Namespace
+from objectcache.loading import Loading
 from objectcache.lookup import Lookup, LookupResult, check
 from objectcache.loop import LoopThread
 from objectcache.messages import (
@@ -27,48 +28,18 @@ from objectcache.messages import (
     StreamCommand,
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
-from objectcache.report import Reporter, log
+from objectcache.report import Reporter
 from objectcache.stores import open_store
 from objectcache.timely import Timely
+from objectcache.trace import Trace
+from objectcache.tracked import Saving, Streaming, Tracked
+from objectcache.turns import Turns
+from objectcache.unsure import Unsure
 
 CHECK_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
+LOOK_AGAIN_S = 0.1  # for a request that is to be computed and waits for blocks
 MISSES = ("", "NotFound", "Corrupt")  # the store answered, if not with what was hoped for
-
-
-@dataclass
-class Tracked:
-    """One live request that may use the store."""
-
-    request: Any
-    chain: ChunkChain
-    may_load: bool = True
-    admission: Admission | None = None
-    admitted: bool = False
-    local_tokens: int = 0  # what vLLM had itself when it asked last
-    job: int | None = None
-    job_hashes: list[bytes] = field(default_factory=list)
-    save_from: int = 0  # chunks before this one are in the store, or on their way
-
-
-@dataclass
-class Streaming:
-    """A prefix on its way into the blocks of a parked request; each rank reports it once."""
-
-    tracked: Tracked
-    chunk_hashes: list[bytes]
-    tokens: range  # of the prompt
-    stopped: bool = False
-    reports: list[tuple[int, str]] = field(default_factory=list)
-
-
-@dataclass
-class Saving:
-    """A chunk on its way out: whose it is, where in its prefix, and what the shards said so far."""
-
-    tracked: Tracked
-    chunk: int
-    outcomes: list[str] = field(default_factory=list)
 
 
 class SchedulerHalf:
@@ -76,7 +47,8 @@ class SchedulerHalf:
 
     `local_prefixes` is whether vLLM itself caches prefixes: then a request may wait for another
     that is bringing the same chunks, and find them there. A prefix of more than `stage_chunks` chunks is
-    streamed; None if vLLM would not compute what a stream fails to bring.
+    streamed; None if vLLM would not compute what a stream fails to bring. `timely` is there if requests
+    are admitted in time or `choosing` what to load; `evict` takes pages out of vLLM's own prefix cache.
     """
 
     def __init__(
@@ -89,8 +61,12 @@ class SchedulerHalf:
         loads: bool,
         saves: bool,
         local_prefixes: bool,
+        turns: Turns,
         stage_chunks: int | None = None,
         timely: Timely | None = None,
+        evict: Callable[[set[int]], None] = lambda block_ids: None,
+        choosing: Choosing | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._options = options
         self._namespace = namespace
@@ -99,22 +75,32 @@ class SchedulerHalf:
         self._shards = shards
         self._loads = loads
         self._saves = saves and options.save
-        self._local_prefixes = local_prefixes
         self._stage_chunks = stage_chunks
-        self._timely = timely
+        self._unsure, self._admissions, self._evict = Unsure(ranks), 0, evict
+        self._trace = trace or Trace(time.monotonic, keeps=False)
         self._step = 0
         self._requests: dict[str, Tracked] = {}
+        self._counters = Counters()
+        self.loading = Loading(
+            options.chunk_tokens,
+            block_tokens,
+            self._requests,
+            self._counters,
+            turns,
+            timely,
+            choosing,
+            local_prefixes,
+            stage_chunks,
+        )
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
         self._breaker = Breaker()
         self._lookups: dict[int, tuple[Tracked, int]] = {}  # with chunks known beforehand
         self._jobs: dict[int, Tracked] = {}
-        self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._stage_reports: dict[int, list[tuple[int, str]]] = {}
         self._streams: dict[int, Streaming] = {}
         self._saving: dict[bytes, Saving] = {}
         self._next_ticket = 0
         self._commands = StepCommands()
-        self._counters = Counters()
         self._reporter = Reporter()
         self._store_seen = dict.fromkeys(STORE_COUNTERS, 0)
         self._loop = LoopThread("objectcache-scheduler")
@@ -150,10 +136,15 @@ class SchedulerHalf:
         self, request: Any, root: bytes, items: Sequence[keys.Item], may_load: bool = True
     ) -> None:
         """A request came whose KV may be cached under this root, and perhaps loaded."""
+        now = time.monotonic()
         chain = ChunkChain(root, self._options.chunk_tokens, items)
-        tracked = Tracked(request, chain, may_load=may_load)
+        tracked = Tracked(request, chain, now, may_load=may_load)
+        try:
+            tracked.deadline_s = now + deadline_s_of(request.kv_transfer_params)
+        except Misconfigured as error:
+            self._reporter.ignore("a deadline", error)
         self._requests[request.request_id] = tracked
-        self._look_up(tracked, time.monotonic())
+        self._look_up(tracked, now)
 
     def matched_tokens(self, request_id: str, local_tokens: int) -> tuple[int | None, bool]:
         """Tokens to load after the `local_tokens` that vLLM has, None for "ask again"; and whether vLLM
@@ -163,15 +154,17 @@ class SchedulerHalf:
             return 0, False
         now = time.monotonic()
         self._take_lookups()
-        if tracked.admitted:
-            self._look_up(tracked, now)  # preempted, and comes again
+        if tracked.admitted or self._knows_more(tracked, now):
+            self._look_up(tracked, now)
         admission = tracked.admission
         if admission is None:
             return 0, False
         tracked.local_tokens = local_tokens
-        if self._timely is not None and admission.staging:
-            self._admit_in_time(self._timely, tracked, now)
-        answer = admission.ask(local_tokens, now, self._may_stage(tracked, local_tokens))
+        if admission.phase is Phase.FOUND and not self.loading.begins(tracked, admission, now):
+            return None, False
+        if admission.staging:
+            self.loading.watch(tracked, admission, now)
+        answer = admission.ask(local_tokens, now, self.loading.may_stage(tracked))
         if answer.stage is not None:
             self._stage(tracked, answer.stage.first, answer.stage.count)
         if answer.release:
@@ -186,7 +179,8 @@ class SchedulerHalf:
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
-        tracked.admitted = True
+        self._admissions += 1
+        tracked.admitted, tracked.admission_number = True, self._admissions
         if tracked.admission is None:
             return
         load, unused = tracked.admission.allocated(tokens, tracked.local_tokens)
@@ -202,6 +196,7 @@ class SchedulerHalf:
             self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids, coming))
             if coming:
                 self._counters.add("timely_prompts")
+                self._unsure.began(tracked.job, first, ids, self._admissions)
             self._counters.add("hit_tokens", tokens)
             self._forget_job(tracked)
 
@@ -209,6 +204,7 @@ class SchedulerHalf:
         tracked = self._requests.pop(request_id, None)
         if tracked is None:
             return
+        self.loading.gone(tracked, time.monotonic())
         if tracked.admission is not None and tracked.admission.gone():
             self._release(tracked)
 
@@ -217,27 +213,25 @@ class SchedulerHalf:
     def commands(self, scheduled: Mapping[str, int], block_ids: "Any") -> StepCommands:
         """What workers do in this step. `scheduled` maps requests to the tokens they compute now;
         `block_ids(request_id)` gives all blocks of one."""
+        now = time.monotonic()
         self._take_lookups()
         commands, self._commands = self._commands, StepCommands()
         commands.namespace = (self._namespace.name, self._namespace.digest)
-        if self._timely is not None:
-            self._count_step(self._timely, commands, scheduled)
+        commands.step = self.loading.scheduled(scheduled, now)
+        misled = self._on_unsure(scheduled, block_ids) if self._unsure else set()
         if self._saves:
-            now = time.monotonic()
             for request_id, tokens in scheduled.items():
                 tracked = self._requests.get(request_id)
-                if tracked is not None:
+                if tracked is not None and request_id not in misled:
                     commands.saves += self._saves_of(tracked, tokens, block_ids, now)
         return commands
 
     def reported(self, report: StepReport) -> None:
         """What workers did; each rank reports for itself."""
         now = time.monotonic()
-        if self._timely is not None:
-            for step, waited in report.steps:
-                self._timely.stepped(step, waited, now)
-            for coming in report.coming:
-                self._timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
+        self.loading.reported(report, now)
+        for landed in report.landed:
+            self._evict(self._unsure.ended(landed.job, landed.lost))
         for staged in report.staged:
             if staged.job not in self._jobs:
                 continue  # released meanwhile
@@ -270,6 +264,7 @@ class SchedulerHalf:
             if tracked.admission is not None and tracked.admission.gone():
                 self._release(tracked)
             tracked.admission = None
+            self.loading.gone(tracked, time.monotonic())
         self._requests.clear()
         self._known.clear()
         self._saving.clear()
@@ -288,10 +283,15 @@ class SchedulerHalf:
     # ---- lookups
 
     def _look_up(self, tracked: Tracked, now: float) -> None:
+        """Ask what of it is in the store, at first and when it comes again: it was preempted, or the
+        answer was that there is nothing."""
         tracked.admission, tracked.admitted = None, False
+        tracked.chosen, tracked.choice = False, None
+        tracked.found, tracked.looked_at = 0, now
         request = tracked.request
         claimable = loadable(request.num_tokens, self._block_tokens)
-        chunks = min(-(-claimable // self._options.chunk_tokens), self._extended(tracked))
+        whole = tracked.extended(self._options.chunk_tokens)
+        chunks = min(-(-claimable // self._options.chunk_tokens), whole)
         if not self._loads or not tracked.may_load or chunks == 0:
             return
         hashes = tracked.chain.hashes[:chunks]
@@ -339,48 +339,43 @@ class SchedulerHalf:
     def _found(self, tracked: Tracked, chunks: int) -> None:
         assert tracked.admission is not None
         tracked.admission.looked_up(chunks)
+        tracked.found = chunks
+        tracked.save_from = max(tracked.save_from, chunks)
+        self.loading.found(tracked)
+        self._trace.note(tracked.request.request_id, "found", chunks=chunks)
         self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
 
-    # ---- admission in time
+    def _knows_more(self, tracked: Tracked, now: float) -> bool:
+        """Whether a request that was to be computed, but has no blocks yet, would find more now: that of
+        a preempted one is often still being written when it is asked for first."""
+        admission, found = tracked.admission, tracked.found
+        if (
+            admission is None
+            or admission.phase is not Phase.OVER
+            or found >= len(tracked.chain.hashes)
+        ):
+            return False
+        return now >= tracked.looked_at + LOOK_AGAIN_S and self._known.has(
+            tracked.chain.hashes[found], now
+        )
 
-    def _admit_in_time(self, timely: Timely, tracked: Tracked, now: float) -> None:
-        """Let a request go whose prefix will be there when it is needed."""
-        assert tracked.job is not None and tracked.admission is not None
-        end = tracked.admission.end_of(len(tracked.job_hashes))
-        moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
-        if moment is not None and moment.due(now):
-            log.debug("objectcache: request %s: %s", tracked.request.request_id, moment.tell(now))
-            tracked.admission.due()
-
-    def _count_step(
-        self, timely: Timely, commands: StepCommands, scheduled: Mapping[str, int]
-    ) -> None:
-        self._step += 1
-        commands.step = self._step
-        contexts = {
-            name: (tokens, self._requests[name].request.num_computed_tokens)
-            for name, tokens in scheduled.items()
-            if name in self._requests
-        }
-        if len(contexts) == len(scheduled):  # else there is work of which nothing is known
-            timely.scheduled(self._step, contexts, time.monotonic())
+    def _on_unsure(self, scheduled: Mapping[str, int], block_ids: Any) -> set[str]:
+        """Requests that compute in this step on bytes which may still fail to come."""
+        found = set()
+        for request_id in scheduled:
+            tracked = self._requests.get(request_id)
+            may = tracked is None or self._unsure.concerns(tracked.admission_number)
+            if may and self._unsure.computes(block_ids(request_id)):
+                found.add(request_id)
+        return found
 
     # ---- stages and streams
-
-    def _may_stage(self, tracked: Tracked, local_tokens: int) -> bool:
-        """Whether nobody else is bringing the first chunk that this request needs."""
-        if not self._local_prefixes:
-            return True
-        first = local_tokens // self._options.chunk_tokens
-        if first >= len(tracked.chain.hashes):
-            return True
-        return self._bringing.get(tracked.chain.hashes[first]) in (None, tracked)
 
     def _stage(self, tracked: Tracked, first: int, count: int) -> None:
         job = self._new_job(tracked, first, count)
         self._jobs[job] = tracked
-        if self._timely is not None:
-            self._timely.began(job, len(tracked.job_hashes), time.monotonic())
+        self.loading.began(tracked, time.monotonic())
+        self._trace.staging(tracked.request.request_id, job, len(tracked.job_hashes))
         self._commands.stages.append(StageCommand(job, tracked.job_hashes, first))
 
     def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:
@@ -393,15 +388,16 @@ class SchedulerHalf:
     def _new_job(self, tracked: Tracked, first: int, count: int) -> int:
         self._next_ticket += 1
         tracked.job = self._next_ticket
+        tracked.job_first = first
         tracked.job_hashes = tracked.chain.hashes[first : first + count]
-        for chunk_hash in tracked.job_hashes:
-            self._bringing.setdefault(chunk_hash, tracked)
+        self.loading.brings(tracked)
         return tracked.job
 
     def _staged(self, job: int, chunks: int, error: str, now: float) -> None:
         tracked = self._jobs[job]
         assert tracked.admission is not None
-        self._judge(error, tracked.job_hashes[chunks:], now)
+        self._judge(tracked, error, tracked.job_first + chunks, now)
+        self.loading.staged(tracked, chunks, now)
         tracked.admission.staged(chunks)
 
     def _streamed(self, streaming: Streaming, chunks: int, error: str, now: float) -> None:
@@ -409,7 +405,7 @@ class SchedulerHalf:
             return
         tracked, tokens = streaming.tracked, streaming.tokens
         assert tracked.admission is not None
-        self._judge(error, streaming.chunk_hashes[chunks:], now)
+        self._judge(tracked, error, tracked.job_first + chunks, now)
         tracked.admission.ended()
         first = tokens.start // self._options.chunk_tokens
         came = min((first + chunks) * self._options.chunk_tokens, tokens.stop)
@@ -418,15 +414,17 @@ class SchedulerHalf:
             tracked.may_load = False  # it would meet the same object again, and again
         self._forget_job(tracked)
 
-    def _judge(self, error: str, not_there: Sequence[bytes], now: float) -> None:
-        """What the end of a job says about the store, and about the chunks that did not come."""
+    def _judge(self, tracked: Tracked, error: str, failed: int, now: float) -> None:
+        """What the end of a job says about the store, and about the chunks that did not come: those of
+        the job from chunk `failed` of the prefix on."""
         if error in MISSES:
             self._breaker.succeeded()
         else:
             self._breaker.failed(now)
         if error in ("NotFound", "Corrupt"):
-            for chunk_hash in not_there:
+            for chunk_hash in tracked.job_hashes[failed - tracked.job_first :]:
                 self._known.discard(chunk_hash)
+            tracked.save_from = min(tracked.save_from, failed)
 
     def _release(self, tracked: Tracked) -> None:
         """The job's chunks are not wanted any more."""
@@ -443,11 +441,7 @@ class SchedulerHalf:
         assert tracked.job is not None
         self._jobs.pop(tracked.job, None)  # no stream
         self._stage_reports.pop(tracked.job, None)
-        if self._timely is not None:
-            self._timely.forget(tracked.job)
-        for chunk_hash in tracked.job_hashes:
-            if self._bringing.get(chunk_hash) is tracked:
-                del self._bringing[chunk_hash]
+        self.loading.over(tracked, time.monotonic())
         tracked.job, tracked.job_hashes = None, []
 
     # ---- saves
@@ -459,7 +453,8 @@ class SchedulerHalf:
         request = tracked.request
         # Tokens that are known and, after this step, computed: neither drafts nor placeholders.
         computed = min(request.num_computed_tokens + tokens, request.num_tokens)
-        whole = min(computed // self._options.chunk_tokens, self._extended(tracked))
+        chunk_tokens = self._options.chunk_tokens
+        whole = min(computed // chunk_tokens, tracked.extended(chunk_tokens))
         if whole <= tracked.save_from:
             return []
         per_chunk = self._options.chunk_tokens // self._block_tokens
@@ -482,11 +477,3 @@ class SchedulerHalf:
             self._known.add(chunk_hash, now)
         elif "dropped" in saving.outcomes:  # there was no room: again in the request's next step
             saving.tracked.save_from = min(saving.tracked.save_from, saving.chunk)
-
-    def _extended(self, tracked: Tracked) -> int:
-        """Bring the chain up to the request's tokens; how many whole chunks it has."""
-        chain, request = tracked.chain, tracked.request
-        whole = request.num_tokens // self._options.chunk_tokens
-        if whole > len(chain.hashes):
-            chain.extend(request.all_token_ids[chain.tokens : whole * self._options.chunk_tokens])
-        return len(chain.hashes)

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from objectcache.errors import ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
+from objectcache.order import Turn
 from objectcache.reading import Chunk, Progress, Reads
 from objectcache.shelf import Place, Shelf, State
 from objectcache.stores.base import Store
@@ -29,6 +30,7 @@ class StageJob:
     keys: list[str]
     chunk_hashes: list[bytes]
     deadline: float = 0.0
+    turn: Turn | None = None
     places: list[Place] = field(default_factory=list)
     chunks: dict[Place, Chunk] = field(default_factory=dict)  # those not there at the start
     cancelled: bool = False
@@ -98,7 +100,9 @@ class Streamer:
     # ---- jobs
 
     def _admit(self, job: StageJob) -> None:
-        job.deadline = asyncio.get_running_loop().time() + self._timeout_s
+        now = asyncio.get_running_loop().time()
+        job.deadline = now + self._timeout_s
+        job.turn = self._reads.turn(now, len(set(job.keys)))
         self._jobs[job.job] = job
         self._waiting.append(job)
         job.work = self._loop.spawn(self._expire(job))
@@ -121,10 +125,14 @@ class Streamer:
                 break
             self._waiting.popleft()
             places, unread = taken
-            assert job.work is not None
+            assert job.work is not None and job.turn is not None
             job.work.cancel()
+            new = set(unread)
+            for place in dict.fromkeys(places):
+                if place not in new:
+                    self._reads.want(job.turn, place)
             hashes = dict(zip(job.keys, job.chunk_hashes, strict=True))
-            self._reads.start(unread, [hashes[place.key] for place in unread])
+            self._reads.start(unread, [hashes[place.key] for place in unread], job.turn)
             job.chunks = self._reads.of(places)
             job.places = places
             self._placed(job.job, [place.slot for place in places])
@@ -174,6 +182,8 @@ class Streamer:
 
     def _finish(self, job: StageJob, came: int, error: ObjectCacheError | None) -> None:
         del self._jobs[job.job]
+        if job.turn is not None:
+            job.turn.end()
         for place in self._shelf.give_back(job.job, keep=came):
             # Next turn, as in _cancel.
             asyncio.get_running_loop().call_soon(job.chunks[place].work.cancel)

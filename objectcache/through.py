@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from objectcache.errors import ObjectCacheError, Unavailable
 from objectcache.loop import LoopThread
+from objectcache.order import Turn
 from objectcache.reading import Chunk, Reads
 from objectcache.shelf import Place, Shelf, State
 
@@ -38,6 +39,7 @@ class _Stream:
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     places: list[Place] = field(default_factory=list)  # of its first chunks: all that it ever took
     chunks: dict[Place, Chunk] = field(default_factory=dict)  # those not there when it took them
+    turn: Turn | None = None
     came: int = 0
     lent: int = 0  # handed over and not given back
     cancelled: bool = False
@@ -118,8 +120,11 @@ class Through:
         if taken is None:
             return False
         place, unread = taken
+        assert stream.turn is not None
         if unread:
-            self._reads.start_whole(place, stream.chunk_hashes[at])
+            self._reads.start_whole(place, stream.chunk_hashes[at], stream.turn)
+        else:
+            self._reads.want(stream.turn, place)
         stream.places.append(place)
         stream.chunks |= self._reads.of([place])
         stream.wake.set()
@@ -127,6 +132,8 @@ class Through:
 
     def _begin(self, stream: _Stream) -> None:
         self._streams[stream.job] = stream
+        now = asyncio.get_running_loop().time()
+        stream.turn = self._reads.turn(now, len(stream.keys))
         stream.work = self._loop.spawn(self._run(stream))
         self._pump()
 
@@ -183,6 +190,8 @@ class Through:
 
     def _finish(self, stream: _Stream, error: ObjectCacheError | None) -> None:
         del self._streams[stream.job]
+        if stream.turn is not None:
+            stream.turn.end()
         for place in self._shelf.give_back(stream.job, keep=stream.lent):
             # Next turn, as in _cancel.
             asyncio.get_running_loop().call_soon(stream.chunks[place].work.cancel)

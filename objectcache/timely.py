@@ -1,4 +1,4 @@
-"""Gathers what it takes to admit a request just in time: how far its prefix is, and how fast this engine computes. What follows from that: see arrival.py, compute.py and moment.py.
+"""Gathers what it takes to know how far prefixes on their way are and how fast this engine computes. What follows from that: see arrival.py, compute.py and moment.py; choosing.py for what is loaded at all.
 
 Events and `now` (seconds, one clock) in, a moment out; no I/O.
 """
@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from objectcache.arrival import Coming
 from objectcache.compute import ComputeModel, Costs, Work, decodes, first_pass, prefill
 from objectcache.flow import StoreModel
-from objectcache.moment import Moment, moment
+from objectcache.moment import JUST_IN_TIME, STAGED, Moment, moment
 
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
 BUS_BYTES_PER_S = 40e9  # host to GPU, with all that goes with it
 STEPS_KEPT = 64
+LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 
 
 @dataclass
@@ -22,13 +23,30 @@ class _Job:
     coming: Coming
     chunks: int
     ready: int = 0
+    landed: int = 0  # bytes
+    seen: deque[tuple[float, int]] = field(default_factory=deque)  # lately, what had landed then
     reports: list[tuple[int, int, int]] = field(
         default_factory=list
     )  # of ranks; joined when all did
 
+    def note(self, now: float) -> None:
+        """Keep what had landed lately; at least since before the last time that something did."""
+        if len(self.seen) > 1 and self.seen[-1][1] == self.landed:
+            self.seen.pop()
+        self.seen.append((now, self.landed))
+        while (
+            len(self.seen) > 2
+            and self.seen[1][0] <= now - LATELY_S
+            and self.seen[1][1] < self.landed
+        ):
+            self.seen.popleft()
+
 
 class Timely:
-    """`slice_bytes` of each layer of a chunk; `pass_tokens` is most that one step computes; `ranks` report."""
+    """`slice_bytes` of each layer of a chunk; `pass_tokens` is most that one step computes; `ranks` report.
+
+    `admits` is whether requests are admitted before all is there.
+    """
 
     def __init__(
         self,
@@ -37,12 +55,14 @@ class Timely:
         ranks: int = 1,
         costs: Costs | None = None,
         store: StoreModel | None = None,
+        admits: bool = True,
     ) -> None:
         self._slice_bytes = tuple(slice_bytes)
-        self._pass_tokens = pass_tokens
+        self.pass_tokens = pass_tokens
+        self.admits = admits
         self._ranks = ranks
         self.compute = ComputeModel(costs) if costs is not None else ComputeModel()
-        self._store = store or StoreModel()
+        self.store = store or StoreModel()  # until something of a prefix came
         self._jobs: dict[int, _Job] = {}
         self._steps: deque[tuple[int, Work, float]] = deque(maxlen=STEPS_KEPT)
         self._heard_at = 0.0
@@ -53,7 +73,9 @@ class Timely:
         """A job of so many chunks was given to the workers."""
         layer_bytes = [size * chunks for size in self._slice_bytes]
         streams = min(chunks, STREAMS_MAX)
-        self._jobs[job] = _Job(Coming(layer_bytes, chunks, streams, now, self._store), chunks)
+        found = _Job(Coming(layer_bytes, chunks, streams, now, self.store), chunks)
+        found.seen.append((now, 0))
+        self._jobs[job] = found
 
     def seen(self, job: int, chunks: int, ready: int, layers: int, now: float) -> None:
         """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`."""
@@ -69,8 +91,9 @@ class Timely:
             self.forget(job)  # there is no room for all of it
             return
         landed = layers * sum(self._slice_bytes) // len(self._slice_bytes)
-        found.ready = max(found.ready, ready)
+        found.ready, found.landed = max(found.ready, ready), max(found.landed, landed)
         found.coming.seen(now, landed, ready)
+        found.note(now)
 
     def forget(self, job: int) -> None:
         self._jobs.pop(job, None)
@@ -81,18 +104,55 @@ class Timely:
         found = self._jobs.get(job)
         if found is None or found.ready < 1:
             return None
-        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self._pass_tokens)
+        return self._moment(found, prompt_tokens, loaded_tokens, now)
+
+    def expected(
+        self, job: int, prompt_tokens: int, loaded_tokens: int, now: float
+    ) -> Moment | None:
+        """The same, as far as that can be said at any time; None of a job that is not followed."""
+        found = self._jobs.get(job)
+        if found is None:
+            return None
+        return self._moment(found, prompt_tokens, loaded_tokens, now)
+
+    def left_s(self, job: int, now: float) -> float:
+        """Until all of a job is there if it goes on as lately: without what is expected of a store, which
+        says little of one that became slow. While nothing came, twice as long as that has lasted."""
+        found = self._jobs.get(job)
+        if found is None:
+            return 0.0
+        at, landed = found.seen[0]
+        passed_s, came = now - at, found.landed - landed
+        if came == 0:
+            return 2 * passed_s
+        return (found.chunks * sum(self._slice_bytes) - found.landed) * passed_s / came
+
+    def left_bytes(self) -> list[int]:
+        """What is still to come of each job that has not all."""
+        left = (job.chunks * sum(self._slice_bytes) - job.landed for job in self._jobs.values())
+        return [one for one in left if one > 0]
+
+    def _moment(self, job: _Job, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment:
+        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
         layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
-        copy_s = max(self._slice_bytes) * found.chunks / BUS_BYTES_PER_S
-        return moment(found.coming.arrivals(now), now, layer_s, copy_s)
+        copy_s = max(self._slice_bytes) * job.chunks / BUS_BYTES_PER_S
+        mode = JUST_IN_TIME if self.admits else STAGED
+        return moment(job.coming.arrivals(now), now, layer_s, copy_s, mode)
 
     # ---- steps
+
+    def busy_s(self, now: float) -> float:
+        """Until the steps that run now are expected to end."""
+        if not self._steps:
+            return 0.0
+        takes_s = sum(self.compute.seconds(work).mean_s for _, work, _ in self._steps)
+        return max(0.0, takes_s - (now - max(self._steps[0][2], self._heard_at)))
 
     def scheduled(self, step: int, requests: Mapping[str, tuple[int, int]], now: float) -> None:
         """A step computes, of each request, so many tokens behind so many."""
         work = Work()
         for tokens, context in requests.values():
-            one = prefill(tokens, context, self._pass_tokens) if tokens > 1 else decodes(1, context)
+            one = prefill(tokens, context, self.pass_tokens) if tokens > 1 else decodes(1, context)
             work = work.beside(one)
         if work.tokens:
             self._steps.append((step, work._replace(passes=1), now))

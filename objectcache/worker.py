@@ -5,6 +5,7 @@ is a lookup, a copy or an event: none waits for the store.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from objectcache.late import Coming as LateLoad
 from objectcache.late import Late
 from objectcache.messages import (
     Coming,
+    Landed,
     LoadCommand,
     SaveCommand,
     Saved,
@@ -38,6 +40,9 @@ from objectcache.ring import Ring, shares
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
+from objectcache.trace import PassTimes
+from objectcache.tracefile import keeps_traces
+from objectcache.wire import Wire, is_news
 
 # Of 16 cores, plain http, 224 chunks of 32 MiB: one process with 8 threads brought 8.7 GB/s, two 13.5;
 # with 4 threads one brought 6.7, two 10.7, four 16.0.
@@ -53,7 +58,8 @@ class WorkerHalf:
     `shard` of `shards` is the part of each chunk that this rank reads; `writes` is whether it also
     writes it (of ranks with equal KV only one does). `streams` is whether vLLM computes what an
     asynchronous load did not bring: only then such loads are made, and part of the ring is theirs.
-    `neighbours` is how many workers share this host, itself included.
+    `neighbours` is how many workers share this host, itself included. `whole_layers` is whether a layer's
+    hook is called once a step, when all of the step's tokens of that layer are computed.
     """
 
     def __init__(
@@ -67,8 +73,10 @@ class WorkerHalf:
         writes: bool,
         streams: bool = False,
         neighbours: int = 1,
+        whole_layers: bool = True,
     ) -> None:
         self._options = options
+        self._whole_layers = whole_layers
         self._layers = {name: at for at, name in enumerate(layer_names)}
         self._pages = list(pages)
         self._writes = writes
@@ -116,6 +124,9 @@ class WorkerHalf:
             options.late_timeout_ms / 1000,
             self._hear,
         )
+        self._told: Wire | None = None
+        self._traced = keeps_traces(options.trace_path)
+        self._pass: PassTimes | None = None
         self._closed = False
 
     # ---- hooks of a step, in their order
@@ -138,12 +149,19 @@ class WorkerHalf:
             self._parked.begin(stream)
         for job in commands.stops:
             self._parked.stop(job)
+        saves, commands.saves = commands.saves, []
+        if saves and self._writes:
+            self._collect()  # slots may be free again
+            self._begin_saves(saves)
 
     def start_loads(self, hooks_fire: bool) -> None:
         """Submit the step's loads. If the layers will not call back, everything is waited for here."""
         loads, self._commands.loads = self._commands.loads, []
         if not loads:
             return
+        if self._traced:
+            jobs = [load.job for load in loads]
+            self._pass = PassTimes(self._commands.step, jobs, time.monotonic())
         runs = [(load.job, self._runs(load)) for load in loads]
         self._copies.submit_loads(runs, self._late if self._late.jobs() else None)
         if not hooks_fire:
@@ -153,16 +171,31 @@ class WorkerHalf:
         if not self._copies.loading:
             return
         layer = self._layers.get(layer_name)
-        if layer is not None:  # a layer that shares another's KV has no pages of its own
+        if layer is None:
+            return  # it shares another's KV and has no pages of its own
+        if self._pass is None:
             self._copies.wait_layer(layer)
+        else:
+            self._pass.ready.append(self._late.layers_ready())
+            began_s = time.monotonic()
+            self._copies.wait_layer(layer)
+            self._pass.waits.append((began_s, time.monotonic()))
+
+    def layer_computed(self, layer_name: str) -> None:
+        """Copy out what the step's saves have of a layer, so that the bus is not waited for at the end."""
+        if self._whole_layers and self._copies.saving:
+            layer = self._layers.get(layer_name)
+            if layer is not None:
+                self._copies.save_layer(layer)
 
     def end_forward(self) -> None:
-        """After the forward pass: finish the loads, start the step's saves, copy what streams."""
+        """After the forward pass: finish the loads and the saves, copy what streams."""
         self._copies.end_step()
-        self._collect()
-        saves, self._commands.saves = self._commands.saves, []
-        for save in saves:
-            self._save(save)
+        self._copies.end_saves()
+        if self._pass is not None:
+            self._pass.ended_s = time.monotonic()
+            self._reports.passes.append(self._pass)
+            self._pass = None
         self._parked.carry()
         self._collect()
 
@@ -198,6 +231,10 @@ class WorkerHalf:
             self._late.waited = False
             self._commands.step = 0
             report.coming += self._coming()
+        wire = self._mover.wire
+        if wire is not None and is_news(self._told, wire):
+            report.wires.append((self._layout.shard, wire))
+            self._told = wire
         return report if report != StepReport() else None
 
     def _coming(self) -> list[Coming]:
@@ -280,17 +317,18 @@ class WorkerHalf:
         self._loading.add(load.job)
         return [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
 
-    def _save(self, save: SaveCommand) -> None:
-        if not self._writes:
-            return
-        leased = self._save_ring.lease(1)
-        if leased is None:
-            self._reports.saved.append(Saved(save.chunk_hash, "dropped"))
-            return
-        (slot,) = leased
-        number, self._next_save = self._next_save, self._next_save + 1
-        self._saving[number] = (self._namespace[0], save.chunk_hash, slot)
-        self._copies.submit_save(number, Run(slot, 0, save.block_ids))
+    def _begin_saves(self, saves: Sequence[SaveCommand]) -> None:
+        runs = []
+        for save in saves:
+            leased = self._save_ring.lease(1)
+            if leased is None:
+                self._reports.saved.append(Saved(save.chunk_hash, "dropped"))
+                continue
+            (slot,) = leased
+            number, self._next_save = self._next_save, self._next_save + 1
+            self._saving[number] = (self._namespace[0], save.chunk_hash, slot)
+            runs.append((number, Run(slot, 0, save.block_ids)))
+        self._copies.begin_saves(runs)
 
     # ---- what came back
 
@@ -304,9 +342,10 @@ class WorkerHalf:
                 self._mover.release(job)
         self._hand_over_saves()
         self._hear()
-        for job in self._late.over():
-            self._loading.discard(job)
-            self._mover.release(job)
+        for load in self._late.over():
+            self._loading.discard(load.job)
+            self._mover.release(load.job)
+            self._reports.landed.append(Landed(load.job, load.lost))
 
     def _hand_over_saves(self) -> None:
         for number in self._copies.saved():

@@ -155,7 +155,9 @@ def choose(
 
 def option(hit: Hit, chunks: int, now: Now, compute: ComputeModel, rates: Rates) -> Option:
     """What it takes to load so many chunks and to compute the rest."""
-    loaded = min(chunks * hit.chunk_tokens, max(0, hit.prompt_tokens - 1 - hit.local_tokens))
+    had = hit.local_tokens % hit.chunk_tokens  # of the first chunk
+    most = max(0, hit.prompt_tokens - 1 - hit.local_tokens)
+    loaded = min(max(0, chunks * hit.chunk_tokens - had), most)
     context = hit.local_tokens + loaded if chunks else hit.local_tokens
     rest = hit.prompt_tokens - context
     passes = prefill(rest, context, now.pass_tokens)
@@ -251,10 +253,12 @@ class Usefulness:
         self._used_at = now
 
     def loaded(self, now: float, choice: Choice, took_s: float) -> None:
-        """All bytes of this choice were there `took_s` after it was made."""
-        best = choice.best
+        """All bytes of this choice were there `took_s` after its first request was sent: waiting for its
+        turn on the wire is not the store's doing."""
+        best, met = choice.best, choice.met
+        expected_s = best.load_s - met.wire_busy_s - met.lookup_s
         before = math.log(self.slowness(now))
-        ratio = math.log(max(1e-3, took_s) / max(1e-3, best.load_s)) + math.log(choice.met.slowness)
+        ratio = math.log(max(1e-3, took_s) / max(1e-3, expected_s)) + math.log(met.slowness)
         self._slower = max(0.0, before + SLOW_LEARNS * (ratio - before))
         self._slower_at = now
         hidden_s = max(0.0, best.load_s - best.admit_s)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from objectcache.errors import Corrupt, NotFound
 from objectcache.format import ObjectLayout
 from objectcache.loop import LoopThread
+from objectcache.order import Turns
 from objectcache.stores.base import Pace, Store
 from objectcache.stores.memory import MemoryStore
 
@@ -123,6 +124,7 @@ class ScriptedStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         script = self.scripts.get(("read", key), Script())
         script = script if script.times > 0 else Script()

@@ -1,6 +1,8 @@
 """Toy engines under vLLM's real Scheduler that share one bucket, for the suites of scheduling. No tests here."""
 
+import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from toy_engine import ToyEngine
 
 from benchmarks.tiny_model import write_model
+from objectcache.report import log
 
 CHUNK, BLOCK = 64, 16
 Engines = Callable[..., ToyEngine]
@@ -72,8 +75,28 @@ def break_object(kind: str, path: Path, objs: list[Path]) -> None:
     elif kind == "flipped in the header":
         body[100] ^= 1
     elif kind == "foreign":
-        body = bytearray(next(o for o in objs if o != path).read_bytes())
+        others = [other for other in objs if other != path]
+        body = bytearray(others[0].read_bytes() if others else b"another")
     elif kind == "zeros":
         body = bytearray(len(body))
     path.chmod(0o644)
     path.write_bytes(body)
+
+
+@contextmanager
+def told(level: int = logging.DEBUG) -> Iterator[list[str]]:
+    """What the log is told meanwhile."""
+    lines: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    ear, before = Ear(level), log.level
+    log.addHandler(ear)
+    log.setLevel(level)
+    try:
+        yield lines
+    finally:
+        log.setLevel(before)
+        log.removeHandler(ear)

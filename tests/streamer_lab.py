@@ -21,9 +21,15 @@ def key(number: int) -> str:
 class Rig:
     """A streamer over a scripted store; chunk n is at key(n)."""
 
-    def __init__(self, loop, timeout_s: float = 5.0, slots: int = 8) -> None:
+    def __init__(
+        self,
+        loop,
+        timeout_s: float = 5.0,
+        slots: int = 8,
+        store: ScriptedStore | None = None,
+    ) -> None:
         self.loop = loop
-        self.store = ScriptedStore()
+        self.store = store or ScriptedStore()
         self.ring = Ring(shares(slots)[0])
         assert slots != 8 or self.ring.slots == LOAD_SLOTS
         self.memory = [bytearray(POISON * LAYOUT.object_bytes) for _ in range(slots)]

@@ -2,7 +2,9 @@
 
 import math
 import random
-from statistics import NormalDist
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from statistics import NormalDist, mean
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,10 @@ from hypothesis import strategies as st
 from store_sim import SimulatedStore, Timeline
 
 from objectcache.arrival import FORGET_S, Coming, WireRate, latest_first_byte_s
+from objectcache.compute import H100_8B, Work, first_pass, prefill
 from objectcache.flow import StoreModel
+from objectcache.moment import stall_s
+from objectcache.timely import Timely
 
 MIB = 1 << 20
 LAYERS = 32
@@ -209,3 +214,95 @@ def test_the_last_request_to_begin_is_the_one_that_first_layers_wait_for() -> No
         now = number * 0.01
         one.seen(now, int(99 * 20e6 * (now - 0.005)), 0, waiting=1 if now < 0.2 else 0)
     assert one.arrivals(0.2).mean_s[0] == pytest.approx(0.2 + MIB / 20e6, abs=0.01)
+
+
+# ---- what follows from it: too late is a pity, too early a stall for all
+
+# 224 chunks of 32 MiB on an H100 host with 16 cores: when layers 0, 1, 16 and 31 were there, in seconds.
+MEASURED = ((0, 0.104), (1, 0.155), (16, 0.300), (31, 0.455))
+PROMPT, HIT, BUDGET, PASS_S = 65536, 57344, 8192, 0.62  # tokens, and what the pass took there
+
+
+def layers_at(
+    seed: int, begin: float = 1.0, noise: float = 0.05, slow_from: int = LAYERS, slow: float = 1.0
+) -> list[float]:
+    """When each layer is there: as measured, with noise; the begin, and all from a layer on, slower."""
+    chance, steps = random.Random(seed), [MEASURED[0][1] * begin]
+    for (a, at), (b, until) in pairwise(MEASURED):
+        steps += [(until - at) / (b - a) * (begin if a == 0 else 1.0)] * (b - a)
+    return list(
+        accumulate(
+            step * math.exp(chance.gauss(0, noise)) * (slow if layer >= slow_from else 1.0)
+            for layer, step in enumerate(steps)
+        )
+    )
+
+
+def engine_that_ran(seed: int) -> Timely:
+    chance, timely = random.Random(seed), Timely([MIB] * LAYERS, BUDGET)
+    kinds = [first_pass(PROMPT - HIT, HIT, BUDGET)]
+    kinds += [prefill(1 << power, 3 << power, BUDGET) for power in range(5, 13)]
+    scale = PASS_S / seconds(kinds[0])
+    for work in kinds * 8:
+        timely.compute.timed(work, scale * seconds(work) * math.exp(chance.gauss(0, 0.03)))
+    return timely
+
+
+def seconds(work: Work) -> float:
+    return sum(a * b for a, b in zip(work, H100_8B, strict=True))
+
+
+def admitted_s(ready_at: Sequence[float], ahead: float, seed: int) -> float:
+    """Asked each 5 ms; the mean chunk is `ahead` layers further than the last one."""
+    timely, chunks, now, before = engine_that_ran(seed), 224, 0.0, [0.0, *ready_at]
+    timely.began(1, chunks, 0.0)
+    while True:
+        now += 0.005
+        ready = sum(at <= now for at in ready_at)
+        if ready == LAYERS:
+            return now
+        least = ready + (now - before[ready]) / (ready_at[ready] - before[ready])
+        lead = ahead * min(1.0, now / ready_at[0]) * (1 - least / LAYERS)
+        timely.seen(1, chunks, ready, int(chunks * (least + lead)) if now > 0.015 else 0, now)
+        found = timely.when(1, PROMPT, HIT, now)
+        if found is not None and found.due(now):
+            return now
+
+
+@pytest.mark.parametrize("ahead", [1.0, 6.0])
+@pytest.mark.parametrize(
+    ("late_s", "curve"),
+    [
+        (0.080, {}),
+        (0.086, {"noise": 0.3}),
+        (0.111, {"begin": 2.0}),
+        (0.145, {"begin": 4.0}),
+        (0.200, {"slow_from": 1, "slow": 3.0}),
+        (0.165, {"slow_from": 3, "slow": 5.0}),
+        (0.140, {"slow_from": 4, "slow": 3.0}),
+    ],
+    ids=str,
+)
+def test_a_request_is_admitted_in_time_and_no_sooner(
+    late_s: float, curve: dict[str, float], ahead: float
+) -> None:
+    """Against the best moment in hindsight: on average so late at most, and never so soon that it stalls."""
+    late = []
+    for seed in range(10):
+        ready_at = layers_at(seed, **curve)  # type: ignore[arg-type]
+        at = admitted_s(ready_at, ahead, seed)
+        best = stall_s(0.0, ready_at, PASS_S / LAYERS)
+        assert stall_s(at, ready_at, PASS_S / LAYERS) <= 0.01
+        late.append(at - best)
+    assert mean(late) < late_s
+
+
+@pytest.mark.parametrize(("slow_from", "slow"), [(8, 3.0), (12, 6.0)])
+def test_what_nobody_can_foresee_costs_no_more_than_that(slow_from: int, slow: float) -> None:
+    """It slows down after the best moment: the stall is at most what came later than was to be expected."""
+    for seed in range(5):
+        usual, ready_at = layers_at(seed), layers_at(seed, slow_from=slow_from, slow=slow)
+        stalls_s = stall_s(admitted_s(ready_at, 6.0, seed), ready_at, PASS_S / LAYERS)
+        assert (
+            stalls_s <= ready_at[-1] - usual[-1] - 0.15
+        )  # the rest of it was waited for, or hidden

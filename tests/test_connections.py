@@ -77,6 +77,27 @@ def test_a_dead_address_is_left_alone_but_not_if_all_are() -> None:
     run(scenario)
 
 
+def test_another_address_is_taken_where_there_is_one() -> None:
+    async def scenario(pool: Connections, names: Names) -> None:
+        for _ in PEERS:
+            await pool.choose()
+        servers = [kept(pool, peer) for peer in PEERS]
+        peer, sock = await pool.get(elsewhere=[PEERS[2]])  # kept, though not the latest
+        assert peer == PEERS[1] and sock is not None
+        sock.close()
+        pool.reached(PEERS[0], False)
+        peer, sock = await pool.get(elsewhere=[PEERS[2]])  # a new one: the kept one is dead
+        assert (peer, sock) == (PEERS[1], None)
+        # Where there is no other, another connection to the same.
+        peer, sock = await pool.get(elsewhere=[PEERS[1], PEERS[2]])
+        assert peer == PEERS[2] and sock is not None
+        sock.close()
+        for server in servers:
+            server.close()
+
+    run(scenario)
+
+
 def test_the_last_one_used_is_used_again() -> None:
     async def scenario(pool: Connections, names: Names) -> None:
         peers = [await pool.choose() for _ in range(2)]

@@ -242,6 +242,23 @@ def test_a_layer_is_ready_when_all_chunks_have_it(rig: Rig) -> None:
     rig.give_back(missing)
 
 
+def test_what_lay_in_a_slot_before_counts_for_nothing(rig: Rig) -> None:
+    """A step that begins before its last layers are there looks at nothing but the progress."""
+    first, then = range(1, LOAD_SLOTS + 1), range(11, LOAD_SLOTS + 11)
+    rig.fill(*first, *then)
+    rig.stage(1, *first)
+    check_brought(rig, rig.result(), *first)
+    gate = threading.Event()
+    for number in then:
+        rig.store.script("read", key(number), gate=gate)
+    rig.stage(2, *then)
+    assert eventually(lambda: 2 in rig.placed)
+    assert [rig.progress[slot] for slot in rig.placed[2]] == [0] * LOAD_SLOTS
+    gate.set()
+    check_brought(rig, rig.result(), *then)
+    assert rig.ready(2) == len(LAYOUT.slice_bytes)
+
+
 def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
     """Few chunks and many slow connections: parts in layer order across the chunks."""
     rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e4, 1e9), 64)

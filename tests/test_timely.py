@@ -4,6 +4,7 @@ The prefix comes slowly from a real server; the toy engine raises on any wrong r
 is tested in test_moment.py, test_arrival.py and test_compute.py.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -38,18 +39,18 @@ def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
         extra = {
             **{"url": "s3://kvcache/warm", "endpoint_url": proxy.url, "chunk_tokens": CHUNK},
             # The library path tells of layers as they come, however small they are.
-            **{"ring_bytes": "8MiB", "transport": "aiobotocore", "read_timeout_ms": 500},
-            **{"admission": "just-in-time", "late_timeout_ms": 1500, "attempts": 1},
+            **{"ring_bytes": "8MiB", "transport": "aiobotocore", "read_timeout_ms": 1500},
+            **{"admission": "just-in-time", "late_timeout_ms": 5000, "attempts": 1},
         }
         options = {name: more.pop(name) for name in ("ranks", "hooks_fire") if name in more}
         made.append(
             ToyEngine(model, extra | more, layers=LAYERS, failure_policy="fail", **options)  # type: ignore[arg-type]
         )
         # As if a layer took 10 ms to compute: the toy takes none, and nothing could be hidden.
-        timely = made[-1].connector._scheduler._timely
+        timely = made[-1].connector._scheduler.loading.timely
         if timely is not None:
             timely.compute = Slow()
-            timely._store = StoreModel(0.01, 0.03, 300e3, 1.8e6)
+            timely.store = StoreModel(0.01, 0.03, 300e3, 1.8e6)
         return made[-1]
 
     yield make
@@ -98,7 +99,7 @@ class AtOnce(Timely):
 def at_once(one: ToyEngine) -> ToyEngine:
     scheduler = one.connector._scheduler
     slices = one.workers[0].connector._worker.slice_bytes
-    scheduler._timely = AtOnce(slices, 4096, len(one.workers))
+    scheduler.loading.timely = AtOnce(slices, 4096, len(one.workers))
     return one
 
 
@@ -115,7 +116,7 @@ def test_a_step_waits_for_layers_that_are_late(
         warm.generate(PROMPT)
         warm.settle()
     one = at_once(engine(ranks=ranks))
-    proxy.fault = get_is(SLOW)
+    proxy.fault = get_is(replace(SLOW, bytes_per_s=100_000))  # slower than a busy machine computes
     name = one.add(PROMPT)
     one.run()
     assert [one.outputs[name]] == want and one.cached[name] == 384
@@ -192,6 +193,43 @@ def test_a_read_that_fails_after_admission_fails_the_request_and_no_other(
     again = one.add(PROMPT)
     one.run()
     assert [one.outputs[again]] == want, "what failed stayed in vLLM's cache"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_computed_on_bytes_that_do_not_come_is_kept_nowhere(
+    engine: Engines, proxy: FaultProxy, model: Path, want: list[list[int]], ranks: int
+) -> None:
+    """Neither in the bucket nor in vLLM's own cache, of the request itself nor of one that shares its blocks."""
+    bucket = f"s3://kvcache/misled-{ranks}"
+    one = at_once(engine(ranks=ranks, url=bucket))
+    one.generate(PROMPT)
+    one.settle()
+    one.forget()
+    tail = prompt(150, seed=9)
+    prompts = [PROMPT[:384] + tail, PROMPT[:384] + tail[:90] + prompt(100, seed=10)]
+    gets = itertools.count()
+
+    def script(request: Request) -> Fault | None:
+        if request.method != "GET":
+            return None
+        return replace(SLOW, stop_after=60_000) if next(gets) == 2 else SLOW
+
+    proxy.fault = script
+    names = [one.add(tokens, max_tokens=3) for tokens in prompts]
+    requests = [one.scheduler.requests[name] for name in names]
+    one.run()
+    proxy.fault = None
+    assert requests[0].status is RequestStatus.FINISHED_ERROR
+    one.settle()
+    off = ToyEngine(model, None, layers=LAYERS)
+    right = off.generate(*prompts)
+    off.stop()
+    assert one.generate(*prompts) == right, "vLLM kept it"  # the toy raises on a wrong row
+    one.settle()
+    other = engine(ranks=ranks, url=bucket, admission="staged")
+    assert other.generate(*prompts) == right, "it went to the bucket"
+    assert other.cached["r1"] == 512, "what was computed on bytes that came is in the bucket"
+    assert not one.connector._scheduler._unsure
 
 
 def test_an_abort_while_the_last_layers_come(

@@ -25,6 +25,7 @@ from benchmarks.decodes import summary
 from benchmarks.live_engine import EngineGone, EngineProcess, root_cause
 from benchmarks.nginx import nginx_absent
 from benchmarks.results import Lines, read
+from benchmarks.timeline import of, records
 from benchmarks.ttft import Run, sessions
 from benchmarks.ttft_plan import Plan, cases_of, planned, said, told, written
 from benchmarks.ttft_report import write
@@ -162,6 +163,12 @@ def test_our_engine_is_told_the_store_and_what_a_user_adds() -> None:
     assert (kwargs["x"], transfer["kv_load_failure_policy"]) == (1, "recompute")
     assert (options["url"], options["save"], options["attempts"]) == ("memory://s", False, 1)
     assert options["model_id"]  # random weights have no name of their own
+    assert "trace_path" not in options
+    setup.traces = Path("/traces")
+    for session, name in ((Reading, "s-reads"), (Saving, "s-writes")):
+        transfer = session(setup, ToyPlace("s", "b", "p")).transfer()
+        path = transfer["kv_connector_extra_config"]["trace_path"]
+        assert path == f"/traces/{name}.jsonl"
 
 
 def test_vllms_tiers_are_tuned(setup: Setup) -> None:
@@ -372,8 +379,17 @@ RuntimeError: Engine core initialization failed. See root cause above."""
 @pytest.fixture(scope="module", name="lines")
 def lines_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("results")
-    smoke(folder, "--rounds", "2")
+    smoke(folder, "--rounds", "2", "--trace", str(folder / "traces"))
     yield read(folder / "ttft-smoke.jsonl")
+
+
+@pytest.fixture(name="traces")
+def traces_fixture(
+    lines: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    (path,) = tmp_path_factory.getbasetemp().glob("results*/traces/*-reads.jsonl")
+    with path.open() as file:
+        return records(file)
 
 
 def smoke(folder: Path, *options: str) -> str:
@@ -404,6 +420,15 @@ def test_real_engines_are_measured_in_every_system(lines: list[dict[str, Any]]) 
         assert 0 < min(metrics["ttft_s_runs"]) <= metrics["ttft_s"] <= max(metrics["ttft_s_runs"])
     assert found["local", "seaweedfs"]["metrics"]["read_bytes"] == 0
     assert found["objectcache", "seaweedfs"]["metrics"]["read_bytes"] >= 3 * 256 * 2048
+
+
+def test_real_engines_leave_their_traces(
+    lines: list[dict[str, Any]], traces: list[dict[str, Any]]
+) -> None:
+    loaded = [about["loaded"] for record in traces for _, about in of(record, "admitted")]
+    assert loaded.count(768) == 4  # two rounds of objectcache and local
+    for record in traces:
+        assert of(record, "first token") and of(record, "ended")
 
 
 def test_a_second_run_measures_nothing(lines: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     LAYERS,
     LOAD_SLOTS,
     SPACES,
+    Worker,
     Workers,
     filled,
     folder_fixture,
@@ -26,6 +27,8 @@ from objectcache import keys
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
 from objectcache.messages import LoadCommand, Saved, Staged, StepCommands
+from objectcache.mover import Event, Mover
+from objectcache.movers import Movers
 from objectcache.streamer import StageResult
 from objectcache.worker import WorkerHalf
 
@@ -225,6 +228,80 @@ def test_a_ring_that_holds_less_than_two_chunks_is_refused() -> None:
     with pytest.raises(Misconfigured) as refused:
         WorkerHalf(options, ["a"], pages, 4, 0, 1, True)
     assert str(2 * 804_096) in refused.value.hint
+
+
+# ---- saves, layer by layer
+
+
+class Computing(Worker):
+    """Each layer's pages hold the layer's number when its hook is called, and something else after the
+    hooks of all."""
+
+    def compute(self, layer: int) -> None:
+        self.pages[layer][:] = layer + 1
+        if layer == len(LAYERS) - 1:
+            for earlier in range(layer):
+                self.pages[earlier][:] = 100
+
+
+@pytest.mark.parametrize("whole_layers", [True, False])
+def test_a_layer_is_saved_when_it_is_computed_if_its_hook_says_that_it_is(
+    folder: str, tmp_path: Path, whole_layers: bool
+) -> None:
+    writer = Computing(folder, whole_layers=whole_layers)
+    writer.step(saves=[save(1, [3, 5])])
+    assert writer.saved(1) == [Saved(chunk_hash(1), "written")]
+    writer.half.shutdown()
+    reader = Worker(folder)
+    reader.step(stages=[stage(1, 1)])
+    reader.staged(1)
+    reader.step(loads=[LoadCommand(1, 0, [0, 1])])
+    values = [int(page[0, 0]) for page in reader.pages]
+    assert values == ([1, 2, 3] if whole_layers else [100, 100, 3])
+    assert all((page[:2] == page[0, 0]).all() for page in reader.pages)
+    reader.half.shutdown()
+
+
+# ---- loads that begin before all of it is there
+
+
+class Holds(Movers):
+    """One mover, whose reports on stages are kept back while `quiet` is set."""
+
+    def __init__(self, mover: Mover) -> None:
+        super().__init__([mover])
+        self.quiet = True
+        self._kept: list[Event] = []
+
+    def take(self) -> list[Event]:
+        kept, self._kept = self._kept, []
+        events = kept + super().take()
+        if self.quiet:
+            self._kept = [event for event in events if isinstance(event, StageResult)]
+        return [event for event in events if event not in self._kept]
+
+
+def test_slots_of_an_early_load_go_back_after_its_copies_and_its_reads(
+    workers: Workers, url: str
+) -> None:
+    writer = filled(workers, url, 2)
+    reader = workers(url)
+    held = reader.half._mover = Holds(reader.half._mover)
+    reader.step(stages=[stage(1, 1, 2)])
+    layers = 2 * len(LAYERS)
+
+    def there() -> bool:
+        reader.step(step=1)
+        return any(coming.layers == layers for coming in reader.reports.coming)
+
+    assert eventually(there)
+    reader.step(loads=[LoadCommand(1, 0, [4, 5, 6, 7], coming=True)])
+    assert same(reader.blocks([4, 5, 6, 7]), writer.blocks([0, 1, 2, 3]))
+    reader.step()
+    assert reader.half.leased_slots == 2, "a read may write there still"
+    held.quiet = False
+    reader.step()
+    assert reader.quiet() and not reader.failed_blocks
 
 
 # ---- releases, at any time

@@ -94,8 +94,8 @@ class LateCopies(CpuCopies):
 class LateWorker(WorkerHalf):
     copies: LateCopies
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, *args: object, **more: object) -> None:
+        super().__init__(*args, **more)  # type: ignore[arg-type]
         self.copies = LateCopies(self._pages, self._slots, self._layout)
         self._copies = self._parked._copies = self.copies
 

@@ -3,6 +3,7 @@
 The toy model's KV is a function of the layer and of all tokens up to a position. It writes and
 "reads" pages in vLLM's order (new KV first, then `wait_for_layer_load`, then attention), and raises
 if any row that attention would read is not exactly right: a wrong, late or missing load cannot hide.
+What a request computes on wrong rows is wrong in all later layers, on all ranks.
 Nothing here knows how the connector works.
 """
 
@@ -108,6 +109,7 @@ class ToyEngine:
         self.stats: dict[str, int] = {}  # of the workers
         self.totals: dict[str, int] = {}  # as on /metrics: of both halves
         self.steps = 0
+        self.misled: set[str] = set()  # requests that read wrong rows in this step
 
     # ---- what a user does
 
@@ -118,13 +120,16 @@ class ToyEngine:
         *,
         salt: str | None = None,
         priority: int = 0,
+        transfer: dict[str, Any] | None = None,
         **more: Any,
     ) -> str:
-        """Queue a request and return its id."""
+        """Queue a request and return its id; `transfer` is what a user sends as kv_transfer_params."""
         self._made += 1
         name = f"r{self._made}"
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, temperature=0.0)
         params.update_from_generation_config({}, None)
+        if transfer is not None:
+            params.extra_args = {"kv_transfer_params": transfer}
         request = Request(
             request_id=name,
             prompt_token_ids=list(tokens),
@@ -148,6 +153,7 @@ class ToyEngine:
         if not self.scheduler.has_requests():
             return False
         self.steps += 1
+        self.misled.clear()
         output = self.scheduler.schedule()
         for new in output.scheduled_new_reqs:
             self.cached[new.req_id] = new.num_computed_tokens
@@ -187,10 +193,20 @@ class ToyEngine:
 
     def _execute(self, output: Any) -> None:
         reports = [worker.run(output) for worker in self.workers]
+        self._see_what_was_wrong(reports)
         outputs = self.scheduler.update_from_output(output, self._sampled(output, reports))
         for client in outputs.values():
             if client.scheduler_stats is not None:
                 _add(self.totals, client.scheduler_stats.kv_connector_stats)
+
+    def _see_what_was_wrong(self, reports: list[KVConnectorOutput | None]) -> None:
+        """Raise, unless the request has a block that some rank names: with policy "fail" it ends in this step."""
+        named = set().union(*(report.invalid_block_ids for report in reports if report is not None))
+        for worker in self.workers:
+            for blocks, where in worker.wrong:
+                if self.failure_policy != "fail" or not named & blocks:
+                    raise WrongKV(where)
+            worker.wrong.clear()
 
     def stop(self) -> None:
         for worker in self.workers:
@@ -254,7 +270,7 @@ class _Worker:
         # request -> tokens, the hash of them, and what it was after each
         self._digests: dict[str, tuple[list[int], Any, bytearray]] = {}
         self.connector, self.place = None, None
-        self.wrong: list[tuple[set[int], str]] = []  # blocks that were not right in this step
+        self.wrong: list[tuple[set[int], str]] = []  # blocks of who read wrong rows in this step
         if config.kv_transfer_config is not None:
             self.connector = KVConnectorFactory.create_connector(
                 config, KVConnectorRole.WORKER, cache
@@ -270,7 +286,7 @@ class _Worker:
     def run(self, output: Any) -> KVConnectorOutput | None:
         """A step in the order of vLLM's V1 runner."""
         if self.connector is None:
-            self._forward(output, lambda name: None)
+            self._forward(output, lambda name: None, lambda name: None)
             return None
         connector = self.connector
         meta = pickle.loads(pickle.dumps(output.kv_connector_metadata))
@@ -286,7 +302,13 @@ class _Worker:
         )
         if output.has_sync_kv_loads:
             connector.start_load_kv(forward_context)
-        self._forward(output, connector.wait_for_layer_load if fires else lambda name: None)
+        self._forward(
+            output,
+            connector.wait_for_layer_load if fires else lambda name: None,
+            (lambda name: connector.save_kv_layer(name, None, None))
+            if fires
+            else lambda name: None,
+        )
         if not output.has_sync_kv_loads:
             connector.start_load_kv(forward_context)
         connector.wait_for_save()
@@ -295,12 +317,6 @@ class _Worker:
             output.finished_req_ids
         )
         result.invalid_block_ids = connector.get_block_ids_with_load_errors()
-        # With that policy a request with one bad block ends in this step: nobody sees what came of it.
-        fails = self.engine.failure_policy == "fail"
-        for bad, where in self.wrong:
-            if not (fails and bad & result.invalid_block_ids):
-                raise WrongKV(where)
-        self.wrong.clear()
         result.kv_connector_stats = connector.get_kv_connector_stats()
         result.kv_connector_worker_meta = pickle.loads(
             pickle.dumps(connector.build_connector_worker_meta())
@@ -308,7 +324,7 @@ class _Worker:
         connector.clear_connector_metadata()
         return result
 
-    def _forward(self, output: Any, wait_for_layer: Any) -> None:
+    def _forward(self, output: Any, wait_for_layer: Any, save_layer: Any) -> None:
         batch = []
         for name, count in output.num_scheduled_tokens.items():
             request = self.engine.scheduler.requests[name]
@@ -320,18 +336,21 @@ class _Worker:
         size = self.engine.block_tokens
         for layer, layer_name in enumerate(self.kv):
             page = self.pages[layer]
-            for _, blocks, start, end, rows in batch:
+            for name, blocks, start, end, rows in batch:
                 at = np.arange(start, end)
-                page[blocks[at // size], at % size] = rows[start:] ^ (layer + 1)
+                computed = rows[start:] ^ (layer + 1)
+                computed = ~computed if name in self.engine.misled else computed
+                page[blocks[at // size], at % size] = computed
             wait_for_layer(layer_name)
             for name, blocks, _, end, rows in batch:
                 seen = page[blocks[: -(-end // size)]].reshape(-1, ROW_BYTES)[:end]
                 right = rows ^ (layer + 1)
                 if not np.array_equal(seen, right):
                     wrong = (seen != right).any(axis=1).nonzero()[0].tolist()
-                    bad = {int(blocks[at // size]) for at in wrong}
+                    self.engine.misled.add(name)
                     where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
-                    self.wrong.append((bad, where))
+                    self.wrong.append((set(blocks.tolist()), where))
+            save_layer(layer_name)
 
     def _rows_of(self, request: Request, end: int) -> np.ndarray:
         """The right KV of the first `end` tokens, uint8 [end, ROW_BYTES]; each layer's is this ^ (layer + 1)."""

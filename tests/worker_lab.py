@@ -40,12 +40,18 @@ class Worker:
         writes: bool = True,
         kind: type[WorkerHalf] = WorkerHalf,
         streams: bool = False,
+        whole_layers: bool = True,
         **more: int,
     ) -> None:
         options = parse({"url": url, "chunk_tokens": 8, "ring_bytes": 1 << 20, **more})
         self.memory = [torch.zeros((BLOCKS, size + 64), dtype=torch.uint8) for size in PAGE_BYTES]
         self.pages = [m[:, :size] for m, size in zip(self.memory, PAGE_BYTES, strict=True)]
-        self.half = kind(options, LAYERS, self.pages, BLOCK_TOKENS, 0, 1, writes, streams)
+        self.half = kind(
+            *(options, LAYERS, self.pages, BLOCK_TOKENS, 0, 1),
+            writes=writes,
+            streams=streams,
+            whole_layers=whole_layers,
+        )
         self.namespace = SPACES[space]
         self.reports = StepReport()
         self.unparked: list[str] = []
@@ -63,12 +69,17 @@ class Worker:
     def step(self, **commands: list) -> None:
         self.half.receive(StepCommands(namespace=self.namespace, **commands))
         self.half.start_loads(True)
-        for name in LAYERS:
+        for layer, name in enumerate(LAYERS):
             self.half.wait_for_layer(name)
+            self.compute(layer)
+            self.half.layer_computed(name)
         self.half.end_forward()
         self.unparked += sorted(self.half.unparked())
         self.failed_blocks |= self.half.failed_blocks()
         self.look()
+
+    def compute(self, layer: int) -> None:
+        """What the model does to a layer's pages in this step, before its hook. A test may give another."""
 
     def streamed(self, job: int) -> Streamed:
         """The report of a stream, after as many steps as it takes."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 
 from objectcache.errors import Misconfigured
 from objectcache.flow import StoreModel
+from objectcache.order import Turns
 
 KEY_BYTES_MAX = 900  # S3 allows 1024 with the prefix of the store
 _SEGMENT = r"(?!\.)[!-.0-\[\]-~]+"  # printable ASCII but space and backslash; no leading dot
@@ -30,6 +31,8 @@ class StoreCounters:
     read_bytes: int = 0  # body bytes received, whether they were of use or not
     written_bytes: int = 0  # body bytes sent, duplicates that the server then refused included
     handed_over: int = 0  # requests that a faster data path left to the library path
+    hedged_requests: int = 0  # GETs sent because another one was late; among get_requests
+    hedges_won: int = 0  # those that were answered before the late one
 
     def __add__(self, other: "StoreCounters") -> "StoreCounters":
         """What both asked and moved."""
@@ -87,6 +90,7 @@ class Store(ABC):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         """Fill `into` with bytes of the object, in order.
 
@@ -96,7 +100,8 @@ class Store(ABC):
         (rising offsets in `into`, where the caller has use for the news) is passed, perhaps more
         often; the last call has n == len(into). It may come from any thread, never from two at
         once for one read, and never after the read ended. Several reads with as many marks are
-        served so that none gets far ahead of the others. If a retry happens it goes on where the body stopped or starts
+        served so that none gets far ahead of the others. `turns` says which jobs want it, and with that
+        when its request goes; without, requests go in order of arrival. If a retry happens it goes on where the body stopped or starts
         over, but bytes that `landed` announced are not written again. An exception from `landed`
         ends the read and is passed on. Once the call ended, in whatever way, cancelled too,
         nothing writes to `into` any more.

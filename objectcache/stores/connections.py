@@ -9,6 +9,7 @@ import select
 import socket
 from collections import Counter, deque
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 from objectcache.stores.receiver import Peer
 
@@ -59,10 +60,25 @@ class Connections:
     def idle(self) -> int:
         return len(self._idle)
 
-    def take(self) -> tuple[Peer, socket.socket] | None:
+    async def get(self, elsewhere: Collection[Peer] = ()) -> tuple[Peer, socket.socket | None]:
+        """A kept connection, or where to open one; if it can be not at those addresses. Then: `give_back`.
+
+        Raises Unresolved.
+        """
+        if elsewhere:
+            now = asyncio.get_running_loop().time()
+            but = {*elsewhere, *(peer for peer, until in self._dead_until.items() if until > now)}
+            with suppress(Unresolved):
+                return self.take(but) or (await self.choose(but), None)
+        return self.take() or (await self.choose(), None)
+
+    def take(self, but: Collection[Peer] = ()) -> tuple[Peer, socket.socket] | None:
         """The connection that was used last, if it still seems good. Then: `give_back`."""
-        while self._idle:
-            _, peer, sock = self._idle.pop()
+        for at in range(len(self._idle) - 1, -1, -1):
+            _, peer, sock = self._idle[at]
+            if peer in but:
+                continue
+            del self._idle[at]
             if not _stirs(sock):
                 return peer, sock
             self._drop(peer, sock)

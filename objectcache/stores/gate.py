@@ -5,20 +5,21 @@ All calls are made on the loop of the store.
 
 import asyncio
 import itertools
-from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from objectcache.flow import START, Flow, StoreModel
+from objectcache.hedge import Hedging
+from objectcache.order import Line, Turns
 
 
 @dataclass
-class _Line:
+class _Kind:
     """Requests of one kind: those that hold a slot, and those that wait, with their numbers."""
 
     held: int = 0
-    waiting: "deque[tuple[int, asyncio.Future[None]]]" = field(default_factory=deque)
+    waiting: Line = field(default_factory=Line)
 
 
 class Gate:
@@ -26,13 +27,16 @@ class Gate:
     rewards. Small ones do not stand in line behind bulk: an eighth is kept for them, and a store
     that asks for fewer requests gets fewer small ones only down to that or START."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, hedge_percent: int = 0) -> None:
         kept = max(1, most // 8)
         self._most = most
         self._small_least = max(kept, min(most, START))
         self._flow = Flow(max(1, most - kept))
-        self._small, self._bulk = _Line(), _Line()
+        self.hedging = Hedging(hedge_percent)
+        self._seconds = 0  # second requests for what a slot is held for
+        self._small, self._bulk = _Kind(), _Kind()
         self._numbers = itertools.count()
+        self._given: dict[int, asyncio.Future[None]] = {}  # of those that wait
 
     @property
     def bulk_limit(self) -> int:
@@ -44,23 +48,28 @@ class Gate:
         return self._flow.model()
 
     @asynccontextmanager
-    async def slot(self, bulk: bool = False) -> AsyncIterator[None]:
-        """Wait for room, hold it. In order of arrival, but nobody waits for the other kind's limit."""
-        line = self._bulk if bulk else self._small
-        turn = asyncio.get_running_loop().create_future()
-        line.waiting.append((next(self._numbers), turn))
+    async def slot(self, bulk: bool = False, turns: Turns | None = None) -> AsyncIterator[None]:
+        """Wait for room, hold it. Within a kind as order.py says, without `turns` in order of arrival.
+        Between the kinds who came first goes first, but nobody waits for the other kind's limit."""
+        kind = self._bulk if bulk else self._small
+        number, given = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._given[number] = given
+        kind.waiting.add(number, _now(), turns)
         self._admit()
         try:
-            await turn
+            await given
             yield
         finally:
-            if turn.done() and not turn.cancelled():
-                self._leave(line)
+            if self._given.pop(number, None) is not None:
+                kind.waiting.remove(number)
+            else:
+                self._leave(kind)
                 self._admit()
 
     def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
         """A body came in so many seconds since its request was sent. While its slot is held."""
         self._flow.arrived(_now(), body_bytes, first_byte_s, seconds)
+        self.hedging.flowed(body_bytes, seconds - (first_byte_s or 0.0))
 
     def failed(self) -> None:
         """A request got no answer that settles it, other than `throttled`."""
@@ -70,27 +79,43 @@ class Gate:
         """The server asked for fewer requests."""
         self._flow.throttled(_now())
 
-    def _leave(self, line: _Line) -> None:
-        line.held -= 1
-        if line is self._bulk:
+    def second(self) -> bool:
+        """Whether a late request may be sent a second time now. If so: `second_ended` when one of
+        the two has ended."""
+        room = self._small.held + self._bulk.held + self._seconds < self._most
+        if not room or not self.may_go_on():
+            return False
+        self._seconds += 1
+        return True
+
+    def second_ended(self) -> None:
+        self._seconds -= 1
+        self._admit()
+
+    def may_go_on(self) -> bool:
+        """Whether a request more may take the place of one that stalled."""
+        return self._flow.calm(_now()) and self.hedging.may_ask()
+
+    def _leave(self, kind: _Kind) -> None:
+        kind.held -= 1
+        if kind is self._bulk:
             self._flow.ended(_now())
 
     def _admit(self) -> None:
-        """Give free slots to whoever waits longest and may have one."""
+        """Give free slots to whose turn it is."""
         now = _now()
-        while self._small.held + self._bulk.held < self._most:
+        while self._small.held + self._bulk.held + self._seconds < self._most:
             limit = self._flow.limit(now)
             limits = ((self._small, max(self._small_least, limit)), (self._bulk, limit))
-            lines = [line for line, most in limits if line.waiting and line.held < most]
-            if not lines:
+            kinds = [kind for kind, most in limits if kind.waiting and kind.held < most]
+            if not kinds:
                 return
-            line = min(lines, key=lambda line: line.waiting[0][0])
-            _, turn = line.waiting.popleft()
-            if turn.cancelled():  # gone while it waited
-                continue
-            turn.set_result(None)
-            line.held += 1
-            if line is self._bulk:
+            kind = min(kinds, key=lambda kind: kind.waiting.oldest)
+            given = self._given.pop(kind.waiting.take(now))
+            kind.held += 1
+            if not given.cancelled():  # else who waited is about to give it back
+                given.set_result(None)
+            if kind is self._bulk:
                 self._flow.began(now)
 
 

@@ -28,6 +28,7 @@ from objectcache.errors import (
     ObjectCacheError,
     Unavailable,
 )
+from objectcache.order import Turns
 from objectcache.stores.base import Store, StoreCounters, check_key
 from objectcache.stores.outlast import outlast
 
@@ -74,6 +75,7 @@ class LocalStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.counters.get_requests += 1
         what, path, first = f"GET {key}", self._path(key), start or 0

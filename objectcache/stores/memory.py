@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from objectcache.errors import Corrupt, NotFound, Unavailable
+from objectcache.order import Turns
 from objectcache.stores.base import Store, StoreCounters, check_key
 
 _spaces: dict[str, dict[str, bytes]] = {}
@@ -43,6 +44,7 @@ class MemoryStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         self.counters.get_requests += 1
         objects = self._open()

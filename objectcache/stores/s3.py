@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,14 +32,17 @@ from botocore.utils import get_environ_proxies  # type: ignore[import-untyped]
 
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError, Unavailable
+from objectcache.order import Turns
 from objectcache.stores.attempts import Attempts, Failed
 from objectcache.stores.base import Pace, Store, StoreCounters, check_key
 from objectcache.stores.fill import Fill
 from objectcache.stores.gate import Gate
+from objectcache.stores.hedged import Hedged, Leg, Lost
 from objectcache.stores.s3_errors import Place, Verdict, endpoint_of, judge
 
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
 _PIECE_BYTES = 256 << 10  # of a body being sent: what one send takes, so nothing piles up behind
+_RECEIVE_BYTES = 256 << 10  # of a body: less than this comes at once
 _SET_UP_LIMIT_S = 15.0  # for the chain to find credentials: STS and IMDS have limits of minutes
 _SET_UP_PAUSE_S = 3.0  # how long "no credentials" is believed before asking the chain again
 _COUNTER = {
@@ -116,8 +120,9 @@ class S3Store(Store):
             )
         self._options = options
         self.place = Place(self.name, self._bucket, endpoint_of(options.endpoint_url) or "AWS S3")
-        self.gate = Gate(options.max_connections)
+        self.gate = Gate(options.max_connections, options.hedge_percent)
         self.attempts = Attempts(options, self.gate)
+        self.hedged = Hedged(self.gate, lambda: self.counters, options.read_timeout_ms / 1000)
         self.conditional_put = True  # until the server says that it does not know it
         self._client: Any = None
         self._chain: Any = None  # botocore's credentials, which renew themselves
@@ -145,6 +150,7 @@ class S3Store(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         check_key(key)
         if start is not None and not len(into):  # HTTP has no empty range
@@ -154,7 +160,7 @@ class S3Store(Store):
                 landed(0)
             return
         fill = Fill(into, start, landed)
-        async with self.gate.slot(bulk=True):
+        async with self.gate.slot(bulk=True, turns=turns):
             await self.attempts.run(len(into), lambda until: self.receive(key, fill, until))
 
     async def write(self, key: str, body: memoryview) -> bool:
@@ -286,19 +292,22 @@ class S3Store(Store):
         return True
 
     async def receive(self, key: str, fill: Fill, until: float) -> None:
-        """One GET of what `fill` lacks, into its memory."""
-        what = f"GET {key}"
+        """One GET of what `fill` lacks, into its memory; a second one if it is late."""
         await self._ready()  # not in the time of the request
-        clock, had = asyncio.get_running_loop().time, fill.have
-        asked = clock()
+        await self.hedged.run(_RECEIVE_BYTES, partial(self._receive_once, key, fill, until))
+
+    async def _receive_once(self, key: str, fill: Fill, until: float, leg: Leg) -> None:
+        what, had = f"GET {key}", fill.have
         missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
         params = {name: value for name, value in missing.items() if value is not None}
         answer = await self._send(
             "get_object", what, self.attempts.silence_s, Key=self._prefix + key, **params
         )
-        first_byte_s = clock() - asked
         body = answer["Body"]
         try:
+            if not leg.claim():
+                raise Lost
+            leg.body = fill
             status = answer["ResponseMetadata"]["HTTPStatusCode"]
             skip = fill.offset(
                 status, answer.get("ContentRange") or "", answer.get("ContentLength")
@@ -306,7 +315,7 @@ class S3Store(Store):
             fill.etag = fill.etag or answer.get("ETag", "")
             stream = getattr(body, "raw_stream", body).content  # the aiohttp StreamReader
             await self._drain(stream, fill, skip, what, until)
-            self.gate.arrived(fill.have - had, clock() - asked, first_byte_s)
+            self.gate.arrived(fill.have - had, leg.age_s(), leg.answered_s)
         except Corrupt as exc:
             raise Corrupt(f"{what}: {exc.message}") from None
         finally:

@@ -13,24 +13,27 @@ import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 
 from botocore.utils import get_environ_proxies  # type: ignore[import-untyped]
 
 from objectcache import __version__
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Unavailable
+from objectcache.order import Turns
 from objectcache.stores.attempts import Failed
 from objectcache.stores.base import Pace, Store, StoreCounters, check_key
 from objectcache.stores.connections import Connections, LookUp, Unresolved
 from objectcache.stores.fill import Fill
+from objectcache.stores.hedged import Leg, Lost
 from objectcache.stores.http1 import Head
-from objectcache.stores.receiver import End, Exchange, Peer, Receiver, Sink
+from objectcache.stores.receiver import PIECE_BYTES, End, Exchange, Peer, Receiver, Sink
 from objectcache.stores.s3 import Address, Credentials, S3Store
 from objectcache.stores.s3_errors import Verdict, judge, judge_answer, unreachable
 from objectcache.stores.sigv4 import Signer, host_header, quoted
 
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
-# Measured on 16 cores beside an engine that decodes: 4 threads brought 4.4 GB/s and made its median
+# Of one process. Measured on 16 cores in the process of an engine that decodes: 4 threads brought 4.4 GB/s and made its median
 # step 3 % longer, 8 brought 6.3 GB/s and made it 59 % longer.
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 2))
 _ERROR_BYTES_MAX = 16 << 10  # of an error's body that is read for its code
@@ -44,7 +47,7 @@ class _HandOver(Exception):
 
 
 class _Read:
-    """One read: how far it is, and what the answer at hand is taken for. `accept` runs in a receiver's thread."""
+    """One read: how far it is, and what it is."""
 
     def __init__(self, key: str, fill: Fill, marks: Sequence[int]) -> None:
         self.key = key
@@ -52,18 +55,29 @@ class _Read:
         self.fill = fill
         self.marks = marks
         self.handed_over = False
-        self.begin()
+        self.used: list[Peer] = []  # where this attempt has asked: a second request goes elsewhere
 
-    def begin(self) -> None:
-        self._base = self.fill.have
+
+class _Answer:
+    """What the answer to one request of a read is taken for. `accept` runs in a receiver's thread.
+
+    Only who has claimed the memory touches the fill; the answer to another request may come meanwhile.
+    """
+
+    def __init__(self, read: _Read, leg: Leg) -> None:
+        self.read = read
+        self.fill = read.fill
+        self.leg = leg
+        self._base = read.fill.have
+        self._mine = False  # the body goes into the fill
         self.head: Head | None = None
-        self.first_byte_at = 0.0
+        self.lost = False  # the other request was answered first
         self.said = bytearray()  # the body of an error
         self.corrupt: Corrupt | None = None
         self.odd = ""  # why the library path must repeat this
 
     def accept(self, head: Head) -> Sink | None:
-        self.head, self.first_byte_at = head, time.monotonic()
+        self.head = head
         try:
             return self._sink(head)
         except Corrupt as exc:
@@ -73,6 +87,10 @@ class _Read:
         return None
 
     def _sink(self, head: Head) -> Sink | None:
+        busy = head.status == 429 or head.status >= 500  # the other request may still do better
+        if not busy and not self.leg.claim():
+            self.lost = True
+            return None
         if head.status not in (200, 206):
             return self._error_sink(head)
         if head.coded or head.length is None:
@@ -82,7 +100,8 @@ class _Read:
         if skip or head.length != len(fill.into) - fill.have:
             raise _HandOver("answers to a Range with the whole object")
         fill.etag = fill.etag or head.etag
-        marks = [mark - self._base for mark in self.marks if mark > self._base]
+        marks = [mark - self._base for mark in self.read.marks if mark > self._base]
+        self._mine = True
         return Sink(fill.into[self._base :], marks, self._landed)
 
     def _error_sink(self, head: Head) -> Sink | None:
@@ -102,7 +121,7 @@ class _Read:
 
     def received(self, exchange: Exchange) -> int:
         """Take note of how far the body came; the bytes of it."""
-        if self.head is None or self.head.status not in (200, 206):
+        if not self._mine:
             return 0
         self.fill.have = self._base + exchange.have
         return exchange.have
@@ -177,16 +196,17 @@ class DirectStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         check_key(key)
         endpoint = await self._ready()
         if endpoint.why_not:
             self._say(endpoint.why_not)
         if endpoint.why_not or (start is not None and not len(into)):  # HTTP has no empty range
-            await self._others.read(key, into, start=start, marks=marks, landed=landed)
+            await self._others.read(key, into, start=start, marks=marks, landed=landed, turns=turns)
             return
         read = _Read(key, Fill(into, start, landed), marks)
-        async with self._library.gate.slot(bulk=True):
+        async with self._library.gate.slot(bulk=True, turns=turns):
             await self._library.attempts.run(
                 len(into), lambda until: self._attempt(endpoint, read, until)
             )
@@ -228,39 +248,52 @@ class DirectStore(Store):
         await self._library.receive(read.key, read.fill, until)
 
     async def _get(self, endpoint: "_Endpoint", read: _Read, until: float) -> str:
-        """One GET of what is missing. What is odd about the answer, "" if it was received well."""
+        """A GET of what is missing, a second one if it is late. What is odd about the answer, "" if
+        it was received well."""
         credentials = await self._library.credentials()
         if self._closed:
             raise self._is_closed()
-        request = endpoint.get(read.key, read.fill, credentials)
-        read.begin()
-        began = time.monotonic()
+        read.used.clear()
+        once = partial(self._get_once, endpoint, read, credentials, until)
+        return await self._library.hedged.run(PIECE_BYTES, once)
+
+    async def _get_once(
+        self,
+        endpoint: "_Endpoint",
+        read: _Read,
+        credentials: Credentials | None,
+        until: float,
+        leg: Leg,
+    ) -> str:
+        request, answer = endpoint.get(read.key, read.fill, credentials), _Answer(read, leg)
         self.counters.get_requests += 1
         try:
-            exchange = await self._exchange(endpoint.connections, request, read, until)
+            exchange = await self._exchange(endpoint.connections, request, answer, until)
         except Unresolved:
             raise Failed(unreachable(read.what, self._library.place.endpoint)) from None
-        took_s, first_byte_s = time.monotonic() - began, read.first_byte_at - began
-        odd = self._judge(read, exchange)
+        if answer.lost:
+            raise Lost
+        odd = self._judge(answer, exchange)
         if not odd:
-            self._library.gate.arrived(exchange.have, took_s, first_byte_s)
+            self._library.gate.arrived(exchange.have, leg.age_s(), leg.answered_s)
         return odd
 
     async def _exchange(
-        self, connections: Connections, request: bytes, read: _Read, until: float
+        self, connections: Connections, request: bytes, answer: _Answer, until: float
     ) -> Exchange:
         """Send it by a kept connection or by a new one, to wherever one can be had."""
         loop = asyncio.get_running_loop()
         failed: list[Peer] = []
-        kept = connections.take()
-        peer, sock = kept or (await connections.choose(), None)
+        peer, sock = await connections.get(answer.read.used)
+        kept = sock
         while True:
-            exchange = Exchange(request, peer, read.accept, sock)
+            answer.read.used.append(peer)
+            exchange = answer.leg.body = Exchange(request, peer, answer.accept, sock)
             try:
                 await self._receiver.run(exchange, until - loop.time())
             finally:
                 connections.give_back(peer, exchange.sock)
-                self.counters.read_bytes += read.received(exchange)
+                self.counters.read_bytes += answer.received(exchange)
             if kept is None:
                 connections.reached(peer, exchange.end is not End.UNREACHABLE)
             if kept is not None and exchange.end is End.BROKE and not exchange.answered:
@@ -274,9 +307,9 @@ class DirectStore(Store):
             except Unresolved:
                 return exchange
 
-    def _judge(self, read: _Read, exchange: Exchange) -> str:
+    def _judge(self, answer: _Answer, exchange: Exchange) -> str:
         """ "" if the body is there, or what is odd. Raises what the library path would raise."""
-        end, head, what, place = exchange.end, read.head, read.what, self._library.place
+        end, head, what, place = exchange.end, answer.head, answer.read.what, self._library.place
         if end is End.RAISED and exchange.error is not None:
             raise exchange.error
         if end is End.DROPPED:
@@ -287,8 +320,8 @@ class DirectStore(Store):
             raise Failed(unreachable(what, place.endpoint))
         if end is End.LATE:
             raise Failed(Verdict(Unavailable(f"{what}: {place.endpoint} is too slow.")))
-        if head is not None and head.status not in (200, 206) and not read.odd:
-            code = _CODE.search(read.said)
+        if head is not None and head.status not in (200, 206) and not answer.odd:
+            code = _CODE.search(answer.said)
             told = code[1].decode() if code is not None else ""
             raise Failed(judge_answer(head.status, told, head.retry_after, what, place))
         if end is End.SILENT:
@@ -296,12 +329,12 @@ class DirectStore(Store):
         if end is End.BROKE and head is None:
             raise Failed(judge(ConnectionResetError(), what, place))
         if end is End.BROKE:
-            fill = read.fill
+            fill = answer.fill
             error = f"{what}: the body ended after {fill.have} of {len(fill.into)} bytes."
             raise Failed(Verdict(Unavailable(error), retry=True))
-        if read.corrupt is not None:
-            raise Corrupt(f"{what}: {read.corrupt.message}")
-        return read.odd
+        if answer.corrupt is not None:
+            raise Corrupt(f"{what}: {answer.corrupt.message}")
+        return answer.odd
 
 
 class _Endpoint:

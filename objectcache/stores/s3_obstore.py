@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import obstore
@@ -24,9 +25,11 @@ from obstore.store import S3Store as Bucket
 
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Unavailable
+from objectcache.order import Turns
 from objectcache.stores.attempts import Failed
 from objectcache.stores.base import Pace, Store, StoreCounters, check_key
 from objectcache.stores.fill import Fill
+from objectcache.stores.hedged import Leg, Lost
 from objectcache.stores.outlast import outlast
 from objectcache.stores.s3 import Address, Credentials, S3Store
 from objectcache.stores.s3_errors import Place, judge
@@ -145,13 +148,14 @@ class ObstoreStore(Store):
         start: int | None = None,
         marks: Sequence[int] = (),
         landed: Callable[[int], None] | None = None,
+        turns: Turns | None = None,
     ) -> None:
         check_key(key)
         if start is not None and not len(into):  # HTTP has no empty range
             await self._library.read(key, into, start=start, landed=landed)
             return
         fill = Fill(into, start, landed)
-        async with self._library.gate.slot(bulk=True):
+        async with self._library.gate.slot(bulk=True, turns=turns):
             await self._run(
                 len(into),
                 lambda until: self._receive(key, fill, marks, until),
@@ -236,13 +240,14 @@ class ObstoreStore(Store):
         bucket = (await self._ready()).reads
         for end in pieces(len(fill.into), marks):
             try:
-                data = await self._body(bucket, key, fill, end, until)
+                once = partial(self._body, bucket, key, fill, end, until)
+                data = await self._library.hedged.run(end - fill.have, once)
             except Corrupt as exc:
                 raise Corrupt(f"GET {key}: {exc.message}") from None
             await self._land(fill, data, marks)
 
     async def _body(
-        self, bucket: Bucket, key: str, fill: Fill, end: int, until: float
+        self, bucket: Bucket, key: str, fill: Fill, end: int, until: float, leg: Leg
     ) -> memoryview:
         """The bytes of the object that belong to into[have:end]. Raises Corrupt if it has not those."""
         clock, silence_s = asyncio.get_running_loop().time, self._library.attempts.silence_s
@@ -252,11 +257,12 @@ class ObstoreStore(Store):
         if match := fill.if_match_header():
             options["if_match"] = match
         self.counters.get_requests += 1
-        began, what = clock(), f"GET {key}"
+        what = f"GET {key}"
         answer = await self._ask(
             what, silence_s, lambda: obstore.get_async(bucket, key, options=options)
         )
-        first_byte_s = clock() - began
+        if not leg.claim():
+            raise Lost
         size, etag = answer.meta["size"], answer.meta["e_tag"] or ""
         if whole:
             fill.offset(200, "", size)
@@ -268,7 +274,7 @@ class ObstoreStore(Store):
         self.counters.read_bytes += len(data)
         if len(data) != last - first + 1:
             raise _HandOver("a body of another length than it should have")
-        self._library.gate.arrived(len(data), clock() - began, first_byte_s)
+        self._library.gate.arrived(len(data), leg.age_s(), leg.answered_s)
         return data
 
     async def _land(self, fill: Fill, data: memoryview, marks: Sequence[int]) -> None:

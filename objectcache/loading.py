@@ -1,0 +1,246 @@
+"""From "it is in the store" to "it is there": has the load of each request chosen, begun in its turn, watched and judged. What follows from what: see choosing.py, turns.py and timely.py. Not the answers to vLLM: see admission.py.
+
+Events and `now` (seconds, one clock) in; it says nothing to workers, but what was decided to the log.
+"""
+
+from collections.abc import Mapping
+
+from objectcache.admission import Admission, Phase
+from objectcache.choosing import Choosing, Other, Prompt
+from objectcache.messages import StepReport
+from objectcache.metrics import Counters
+from objectcache.report import log
+from objectcache.timely import Timely
+from objectcache.tracked import Tracked
+from objectcache.turns import Turns
+
+DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
+CHOICES = 16  # in a step, each of which takes about a millisecond
+
+
+class Loading:
+    """`requests` are all live ones, by name. `timely` is there if requests are admitted in time or
+    `choosing` what is loaded. For the others see SchedulerHalf."""
+
+    def __init__(
+        self,
+        chunk_tokens: int,
+        block_tokens: int,
+        requests: Mapping[str, Tracked],
+        counters: Counters,
+        turns: Turns,
+        timely: Timely | None,
+        choosing: Choosing | None,
+        local_prefixes: bool,
+        stage_chunks: int | None,
+    ) -> None:
+        self._chunk_tokens = chunk_tokens
+        self._block_tokens = block_tokens
+        self._requests = requests
+        self._counters = counters
+        self.turns = turns
+        self.timely = timely
+        self.choosing = choosing
+        self._local_prefixes = local_prefixes
+        self._stage_chunks = stage_chunks
+        self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
+        self._found: list[Tracked] = []  # for which nothing was chosen yet
+        self._choices = CHOICES
+        self._step = 0
+
+    # ---- before it begins
+
+    def found(self, tracked: Tracked) -> None:
+        """Its prefix is in the store."""
+        self._found.append(tracked)
+
+    def may_stage(self, tracked: Tracked) -> bool:
+        """Whether nobody else is bringing the first chunk that this request needs."""
+        if not self._local_prefixes:
+            return True
+        first = tracked.local_tokens // self._chunk_tokens
+        if first >= len(tracked.chain.hashes):
+            return True
+        return self._bringing.get(tracked.chain.hashes[first]) in (None, tracked)
+
+    def begins(self, tracked: Tracked, admission: Admission, now: float) -> bool:
+        """Whether a prefix that was found is fetched now, as much of it as is chosen. True as well if the
+        admission has its own answer: nothing to fetch, another brings it, or it streams."""
+        name = tracked.request.request_id
+        if not self.may_stage(tracked) and not admission.overdue(now):
+            self.turns.over(name, now)
+            return True
+        for one in (tracked, *self._found):
+            self._choose(one, now)
+        self._found = [one for one in self._found if not one.chosen]
+        if not tracked.chosen:
+            return False
+        if not self._want(tracked, admission, now):
+            self.turns.over(name, now)
+            return True
+        admitted = (one for one in self._requests.values() if one.admitted)
+        held = sum(one.own_blocks(self._block_tokens) for one in admitted)
+        return self.turns.may(name, held, now)
+
+    def _choose(self, tracked: Tracked, now: float) -> None:
+        """How much of it is loaded, once; then it stands in line."""
+        admission = tracked.admission
+        if tracked.chosen or admission is None or admission.phase is not Phase.FOUND:
+            tracked.chosen = True
+            return
+        if not self.may_stage(tracked) and not admission.overdue(now):
+            return
+        if self.choosing is not None:
+            if not self._choices:
+                return
+            self._choices -= 1
+            self._limit(self.choosing, tracked, admission, now)
+        tracked.chosen = True
+        self._want(tracked, admission, now)
+
+    def _limit(
+        self, choosing: Choosing, tracked: Tracked, admission: Admission, now: float
+    ) -> None:
+        name, local_tokens = tracked.request.request_id, tracked.local_tokens
+        chunks = admission.wanted(local_tokens)
+        if not chunks:
+            return
+        prompt = Prompt(tracked.request.num_tokens, local_tokens, chunks, tracked.deadline_s)
+        waiting = self.turns.chunks_waiting()
+        choice = choosing.choose(prompt, self._others(tracked), waiting, now)
+        if isinstance(choice, str):
+            log.debug("objectcache: request %s: Load all %d chunks: %s.", name, chunks, choice)
+            return
+        off = " The store is off: loads took longer than computing." if choosing.off else ""
+        log.debug("objectcache: request %s: %s%s", name, choice.tell(), off)
+        tracked.choice = choice
+        admission.limit(choice.best.chunks, local_tokens)
+        left_out = chunks - choice.best.chunks
+        self._counters.add("recomputed_tokens", left_out * self._chunk_tokens)
+
+    def _want(self, tracked: Tracked, admission: Admission, now: float) -> bool:
+        """Stand in line; False if there is nothing to stand in line for."""
+        count = admission.wanted(tracked.local_tokens)
+        if count == 0 or (self._stage_chunks is not None and count > self._stage_chunks):
+            return False
+        first = tracked.local_tokens // self._chunk_tokens
+        new = sum(h not in self._bringing for h in tracked.chain.hashes[first : first + count])
+        tokens = tracked.request.num_tokens - tracked.local_tokens
+        name, priority = tracked.request.request_id, tracked.request.priority
+        blocks = -(-tokens // self._block_tokens)
+        self.turns.want(name, tracked.arrived_s, new, blocks, priority, now)
+        return True
+
+    def _others(self, tracked: Tracked) -> list[Other]:
+        return [one.other for one in self._requests.values() if one is not tracked]
+
+    # ---- while it is under way
+
+    def brings(self, tracked: Tracked) -> None:
+        """Its job is to bring its chunks, as far as no other does."""
+        for chunk_hash in tracked.job_hashes:
+            self._bringing.setdefault(chunk_hash, tracked)
+
+    def began(self, tracked: Tracked, now: float) -> None:
+        """Its stage was given to the workers."""
+        assert tracked.job is not None
+        self.turns.begins(tracked.request.request_id, now)
+        tracked.began_s = tracked.next_look_s = now
+        if self.timely is not None:
+            self.timely.began(tracked.job, len(tracked.job_hashes), now)
+
+    def watch(self, tracked: Tracked, admission: Admission, now: float) -> None:
+        """Let a request go whose prefix will be there when it is needed, or not for too long."""
+        timely = self.timely
+        if timely is None:
+            return
+        assert tracked.job is not None
+        if timely.admits:
+            end = admission.end_of(len(tracked.job_hashes))
+            moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
+            # A model of arrivals says too much of a store that became slow: it must not be far off.
+            most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
+            believed = timely.left_s(tracked.job, now) <= most_s
+            if moment is not None and moment.due(now) and believed:
+                name = tracked.request.request_id
+                log.debug("objectcache: request %s: %s", name, moment.tell(now))
+                self._judge(tracked, moment.staged_s, now)
+                admission.due()
+                return
+        if self.choosing is not None and tracked.choice is not None and now >= tracked.next_look_s:
+            self._give_up(self.choosing, tracked, admission, now)
+
+    def _give_up(
+        self, choosing: Choosing, tracked: Tracked, admission: Admission, now: float
+    ) -> None:
+        """Have it computed, if its load became so slow."""
+        assert tracked.job is not None and tracked.choice is not None
+        request, chunks = tracked.request, len(tracked.job_hashes)
+        prompt = Prompt(request.num_tokens, tracked.local_tokens, chunks, tracked.deadline_s)
+        others = self._others(tracked)
+        why, again_s = choosing.gives_up(
+            tracked.choice, tracked.job, prompt, others, tracked.began_s, now
+        )
+        tracked.next_look_s = now + again_s
+        if why:
+            log.debug("objectcache: request %s: %s.", request.request_id, why)
+            self._counters.add("given_up_prompts")
+            admission.give_up()
+
+    def staged(self, tracked: Tracked, chunks: int, now: float) -> None:
+        """So many chunks of its job are there, and no more will come."""
+        assert tracked.job is not None
+        if chunks == len(tracked.job_hashes):
+            self._judge(tracked, now, now)
+        if self.timely is not None:
+            self.timely.forget(tracked.job)
+
+    def _judge(self, tracked: Tracked, there_at: float, now: float) -> None:
+        if self.choosing is not None and tracked.choice is not None:
+            self.choosing.ended(tracked.choice, there_at - tracked.began_s, now)
+
+    def over(self, tracked: Tracked, now: float) -> None:
+        """Its job is the workers' business alone, or nobody's."""
+        assert tracked.job is not None
+        if self.timely is not None:
+            self.timely.forget(tracked.job)
+        for chunk_hash in tracked.job_hashes:
+            if self._bringing.get(chunk_hash) is tracked:
+                del self._bringing[chunk_hash]
+        self.turns.over(tracked.request.request_id, now)
+
+    def gone(self, tracked: Tracked, now: float) -> None:
+        """The request ended. Of its job `over` is said as well."""
+        self.turns.over(tracked.request.request_id, now)
+        self._found = [one for one in self._found if one is not tracked]
+
+    # ---- steps
+
+    def scheduled(self, scheduled: Mapping[str, int], now: float) -> int:
+        """A step computes so many tokens of each request. Its number, for the workers to report it;
+        0 if that is of no use."""
+        self.turns.stepped()
+        self._choices = CHOICES
+        if self.timely is None:
+            return 0
+        self._step += 1
+        contexts = {
+            name: (tokens, self._requests[name].request.num_computed_tokens)
+            for name, tokens in scheduled.items()
+            if name in self._requests
+        }
+        if len(contexts) == len(scheduled):  # else there is work of which nothing is known
+            self.timely.scheduled(self._step, contexts, now)
+        return self._step
+
+    def reported(self, report: StepReport, now: float) -> None:
+        """What workers saw of steps, of prefixes on their way and of the wire."""
+        if self.timely is None:
+            return
+        for step, waited in report.steps:
+            self.timely.stepped(step, waited, now)
+        for coming in report.coming:
+            self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
+        for shard, wire in report.wires:
+            if self.choosing is not None:
+                self.choosing.heard(shard, wire)
