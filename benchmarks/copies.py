@@ -22,20 +22,18 @@ page by itself, in one call a layer; triton does so with vLLM's kernel that read
 pinned memory, and registered is staged on memory that was mapped and registered.
 """
 
-import argparse
 import functools
 import mmap
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks import results
+from benchmarks import command, results
 from objectcache.device import CudaCopies, Run
 from objectcache.format import ObjectLayout
 
@@ -313,19 +311,12 @@ def cases(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--systems", default=",".join(SYSTEMS))
+    parser = command.parser(__doc__, "systems", "machine", "out", systems=SYSTEMS)
     parser.add_argument("--cases", default="", help="beginnings, such as load,save")
-    parser.add_argument("--machine", help="name it in the results; default: cores and GPU")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/copies-MACHINE.jsonl")
     args = parser.parse_args()
     import vllm._custom_ops  # noqa: F401  registers the batched copy
 
-    machine = args.machine or results.machine()
-    lines = results.Lines(args.out or results.FOLDER / f"copies-{machine}.jsonl")
-    about = {"benchmark": "copies", "machine": machine, "commit": results.commit()}
+    _, lines, about = command.begin("copies", args)
     wanted = tuple(args.cases.split(","))
     with torch.inference_mode():
         for page_kib in LOADS:

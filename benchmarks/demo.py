@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import say
 from benchmarks.engine import ROOT, EngineError, run_engines
 from benchmarks.servers import ServerError, seaweedfs
 from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
@@ -180,11 +181,6 @@ def caveats(servings: list[Serving]) -> list[str]:
         for serving in servings
         if serving.counted("late_prompts") or serving.counted("lookup_failures")
     ]
-
-
-def say(text: str) -> None:
-    """Tell a person; stdout is left to the result."""
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,28 +16,24 @@ one is not. The first lines of a failed engine's log are in its line.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
 import time
-import traceback
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks import command
+from benchmarks.case_processes import Case, run_all
 from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 
 SHAPE = ModelShape(layers=6, heads=8, kv_heads=4, head_size=128, hidden=512, intermediate=1024)
 POISON = 0x7E  # a large number in every KV type; 0x7F is NaN in fp8, which spoils a whole block
 CHUNK = 256
-CASE_LIMIT_S = 170
 # Most important first.
-CASES: list[dict[str, Any]] = [
+CASES: list[Case] = [
     {},
     {"v2": False},
     {"graphs": "FULL"},
@@ -384,112 +380,27 @@ def _split_blocks(kernel_block: int) -> None:
     register_backend(AttentionBackendEnum.CUSTOM, f"{__name__}.SmallBlocks")
 
 
-def run_case(case: dict[str, Any]) -> dict[str, Any]:
-    """One engine, one verdict."""
-    with tempfile.TemporaryDirectory() as folder:
-        if "kernel_block" in case:
-            _split_blocks(case["kernel_block"])
-        return _Check(case, Path(folder)).verdict()
-
-
-# ---- processes
-
-
-@dataclass
-class _Running:
-    case: dict[str, Any]
-    process: BaseProcess
-    folder: Path
-    began: float
-    limit_s: float
-
-
-def _child(case: dict[str, Any], folder: Path) -> None:
-    """A fork: importing vLLM takes longer than all else, so it was done before. Ends the process."""
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def run_case(case: Case) -> dict[str, Any]:
+    """One engine in this process, one verdict."""
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_USE_V2_MODEL_RUNNER": "1" if case.get("v2", True) else "0",
     }
     if "layout" in case:
         os.environ["VLLM_KV_CACHE_LAYOUT"] = case["layout"]
-    try:
-        verdict = run_case(case)
-    except BaseException:  # it is told, and the process ends
-        verdict = {"case": case, "right": False, "error": traceback.format_exc()[-2500:]}
-    (folder / "verdict").write_text(json.dumps(verdict))
-    os._exit(0)  # an engine takes seconds to end, and holds nothing that matters
-
-
-def _start(case: dict[str, Any], folder: Path, limit_s: float) -> _Running:
-    folder.mkdir()
-    process = multiprocessing.get_context("fork").Process(target=_child, args=(case, folder))
-    process.start()
-    return _Running(case, process, folder, time.monotonic(), limit_s)
-
-
-def _ended(running: _Running) -> dict[str, Any] | None:
-    """The verdict of a process that ended, or had to."""
-    took = time.monotonic() - running.began
-    if running.process.is_alive():
-        if took < running.limit_s:
-            return None
-        running.process.kill()
-    running.process.join()
-    told = running.folder / "verdict"
-    if told.exists():
-        line: dict[str, Any] = json.loads(told.read_text())
-    else:
-        why = f"no verdict after {took:.0f} s"
-        line = {"case": running.case, "right": False, "error": why}
-    if not line["right"]:
-        log = (running.folder / "log").read_text(errors="replace").splitlines()
-        line["log"] = [text[:300] for text in log if "ERROR" in text][:10] or log[-15:]
-    return line | {"seconds": round(took, 1)}
-
-
-def run_all(
-    cases: list[dict[str, Any]], parallel: int, seconds: float, out: Path | None
-) -> tuple[int, int]:
-    """How many were wrong, and how many there was no time for."""
-    import vllm.entrypoints.llm  # noqa: F401  before the forks
-
-    end = time.monotonic() + seconds
-    left, running, wrong = list(cases), [], 0
     with tempfile.TemporaryDirectory() as folder:
-        while left or running:
-            while left and len(running) < parallel and time.monotonic() < end - 30:
-                case = left.pop(0)
-                limit_s = min(CASE_LIMIT_S, end - time.monotonic())
-                running.append(_start(case, Path(folder) / str(len(left)), limit_s))
-            time.sleep(0.1)
-            for one in list(running):
-                line = _ended(one)
-                if line is None:
-                    continue
-                running.remove(one)
-                wrong += not line["right"]
-                print(json.dumps(line), flush=True)
-                if out is not None:
-                    with out.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-            if not running and time.monotonic() >= end - 30:
-                break
-    return wrong, len(left)
+        if "kernel_block" in case:
+            _split_blocks(case["kernel_block"])
+        return _Check(case, Path(folder)).verdict()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command.parser(__doc__, "out")
     parser.add_argument("--case", help="one case as JSON")
     parser.add_argument("--cases", help="numbers of the cases to run, such as 0,3,16")
     parser.add_argument("--list", action="store_true", help="the cases and their numbers")
     parser.add_argument("--parallel", type=int, default=1, help="engines side by side")
     parser.add_argument("--seconds", type=float, default=1e6, help="be done by then")
-    parser.add_argument("--out", type=Path, help="where the JSON lines go as well")
     args = parser.parse_args()
     chosen = [CASES[int(n)] for n in args.cases.split(",")] if args.cases else CASES
     if args.case is not None:
@@ -502,7 +413,9 @@ def main() -> int:
         known = [json.loads(text) for text in args.out.read_text().splitlines() if text]
         done = [line["case"] for line in known if line["right"]]
         chosen = [case for case in chosen if case not in done]
-    wrong, left = run_all(chosen, args.parallel, args.seconds, args.out)
+    import vllm.entrypoints.llm  # noqa: F401  before the forks: it takes longer than all else
+
+    wrong, left = run_all(chosen, run_case, args.parallel, args.seconds, args.out)
     print(f"{len(chosen) - left - wrong} right, {wrong} wrong, {left} not run", flush=True)
     return 1 if wrong or left else 0
 

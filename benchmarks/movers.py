@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import results
+from benchmarks import command, results
+from benchmarks.command import say
 from benchmarks.lab import MIB, Lab, Scale
 from benchmarks.steps import SPACE, name_as_engines_do
 from objectcache.config import parse
@@ -65,14 +66,7 @@ def bring(mover: Movers, slots: HostSlots, job: int, hashes: list[bytes]) -> dic
 
 def run(args: argparse.Namespace) -> int:
     pinned = torch.cuda.is_available()
-    about = {
-        "benchmark": "movers",
-        "machine": args.machine or results.machine(),
-        "commit": results.commit(),
-        "system": "objectcache",
-    }
-    path = args.out or results.FOLDER / f"movers-{about['machine']}.jsonl"
-    lines = results.Lines(path)
+    path, lines, about = command.begin("movers", args)
     cores = len(os.sched_getaffinity(0))
     scale = Scale(args.chunks, 2 * args.chunks, cores, args.slice_kib << 10)
     with tempfile.TemporaryDirectory(prefix="movers-", dir="/dev/shm") as name:
@@ -97,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
                         **{"store": args.store, "chunks": args.chunks, "processes": processes},
                         **{"threads": threads, "slice_kib": args.slice_kib, "pinned": pinned},
                     }
-                    lines.put(about | {"case": case, "metrics": results.rounded(metrics)})
-                    print(case, metrics, file=sys.stderr, flush=True)
+                    line = about | {"system": "objectcache", "case": case}
+                    lines.put(line | {"metrics": results.rounded(metrics)})
+                    say(f"{case} {metrics}")
     print(path)
     return 0
 
@@ -139,18 +134,13 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = command.parser(__doc__, "rounds", "machine", "out")
     add = parser.add_argument
     add("--store", default="nginx", help="nginx, tls or s3-like")
     add("--chunks", type=int, default=224)
     add("--slice-kib", type=int, default=MIB >> 10)
     add("--processes", default="1,2,4")
     add("--threads", default="4,8")
-    add("--rounds", type=int, default=3)
-    add("--machine", help="name for the results")
-    add("--out", type=Path, help="file for the results")
     return run(parser.parse_args())
 
 

@@ -173,6 +173,12 @@ class SeaweedFS(Server):
             self._process.stop(signal.SIGTERM)
             self._process = None
 
+    def close(self) -> None:
+        """Its data is not needed any more: on SIGTERM it takes a second to put it in order."""
+        if self._process is not None:
+            self._process.stop(signal.SIGKILL)
+            self._process = None
+
     def _child_env(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR") if name in os.environ}
         return kept | {

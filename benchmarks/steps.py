@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import results
+from benchmarks import command, results
 from benchmarks.chunks import Chunks
 from benchmarks.clients import (
     Absent,
@@ -41,13 +41,13 @@ from benchmarks.clients import (
     ObjectCacheObstore,
     Read,
 )
+from benchmarks.command import say
 from benchmarks.decodes import SEQUENCES, Decodes
 from benchmarks.engine import SETTINGS
 from benchmarks.lab import MIB, Lab, Scale
 from benchmarks.tiny_model import write_model
 from objectcache import keys
 from objectcache.config import parse
-from objectcache.errors import ObjectCacheError
 from objectcache.format import Verifier
 from objectcache.mover import Berth
 from objectcache.mover_process import MoverProcess
@@ -146,10 +146,9 @@ def open_engine(model: Path, cpu: bool) -> Any:
 
 
 class Source:
-    """Streams chunks into one destination in a thread, verified."""
+    """Streams chunks, driven by a thread, until it is stopped; it may be started again."""
 
-    def __init__(self, chunks: Chunks, memory: memoryview, client: ObjectCache) -> None:
-        self._chunks, self._memory, self._client = chunks, memory, client
+    def __init__(self) -> None:
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._landed_bytes = 0
@@ -158,7 +157,7 @@ class Source:
 
     def start(self, paced_gb_per_s: float) -> None:
         self._over.clear()
-        self._thread = threading.Thread(target=self._run, args=(paced_gb_per_s,))
+        self._thread = threading.Thread(target=self._drive, args=(paced_gb_per_s,))
         self._thread.start()
 
     def landed_bytes(self) -> int:
@@ -174,24 +173,46 @@ class Source:
             raise self._failure
 
     def close(self) -> None:
+        raise NotImplementedError
+
+    def _stream(self, paced_gb_per_s: float) -> None:
+        """Until `_over` is set."""
+        raise NotImplementedError
+
+    def _landed(self, count: int) -> None:
+        with self._lock:
+            self._landed_bytes += count
+
+    def _drive(self, paced_gb_per_s: float) -> None:
+        try:
+            self._stream(paced_gb_per_s)
+        except BaseException as exc:
+            self._failure = exc  # told by stop()
+
+
+class ClientSource(Source):
+    """By a client in this process, into one destination, verified."""
+
+    def __init__(self, chunks: Chunks, memory: memoryview, client: ObjectCache) -> None:
+        super().__init__()
+        self._chunks, self._memory, self._client = chunks, memory, client
+
+    def close(self) -> None:
         self._client.close()
 
-    def _run(self, paced_gb_per_s: float) -> None:
+    def _stream(self, paced_gb_per_s: float) -> None:
         began, moved = time.perf_counter(), 0
         at_once = PACED_CROWD if paced_gb_per_s else CROWD
         slots = len(self._memory) // self._chunks.object_bytes
         first = 0
-        try:
-            while not self._over.is_set():
-                if paced_gb_per_s:
-                    due = moved / (paced_gb_per_s * 1e9) - (time.perf_counter() - began)
-                    self._over.wait(max(0.0, due))
-                numbers = [(first + n) % slots for n in range(min(at_once, slots))]
-                self._client.fill([self._read(n) for n in numbers], min(at_once, slots))
-                moved += len(numbers) * self._chunks.object_bytes
-                first += len(numbers)
-        except BaseException as exc:
-            self._failure = exc  # told by stop()
+        while not self._over.is_set():
+            if paced_gb_per_s:
+                due = moved / (paced_gb_per_s * 1e9) - (time.perf_counter() - began)
+                self._over.wait(max(0.0, due))
+            numbers = [(first + n) % slots for n in range(min(at_once, slots))]
+            self._client.fill([self._read(n) for n in numbers], min(at_once, slots))
+            moved += len(numbers) * self._chunks.object_bytes
+            first += len(numbers)
 
     def _read(self, slot: int) -> Read:
         chunks, size = self._chunks, self._chunks.object_bytes
@@ -203,17 +224,17 @@ class Source:
         def landed(n: int) -> None:
             nonlocal told
             verifier.landed(n)
-            with self._lock:
-                self._landed_bytes += n - told
+            self._landed(n - told)
             told = n
 
         return Read(chunks.key(slot), None, into, chunks.marks, landed)
 
 
-class ProcessSource:
+class ProcessSource(Source):
     """Has chunks staged by movers in processes of their own, each with its share of the slots and chunks."""
 
     def __init__(self, chunks: Chunks, at: Endpoint, processes: int, pinned: bool) -> None:
+        super().__init__()
         self._size = chunks.object_bytes
         self._hashes = [chunks.chunk_hash(n) for n in range(chunks.count)]
         # Half as many slots as chunks: what lies in a free slot would not be read again.
@@ -239,31 +260,12 @@ class ProcessSource:
             )
             self._movers.append(MoverProcess(berth, self._slots.descriptor))
             self._movers[-1].enter(SPACE, chunks.layout.namespace_digest)
-        self._over = threading.Event()
-        self._landed_bytes = 0
-        self._failure: BaseException | None = None
-        self._thread: threading.Thread | None = None
-
-    def start(self, paced_gb_per_s: float) -> None:
-        self._over.clear()
-        self._thread = threading.Thread(target=self._run, args=(paced_gb_per_s,))
-        self._thread.start()
-
-    def landed_bytes(self) -> int:
-        return self._landed_bytes
-
-    def stop(self) -> None:
-        self._over.set()
-        assert self._thread is not None
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
 
     def close(self) -> None:
         for mover in self._movers:
             mover.close(1.0)
 
-    def _run(self, paced_gb_per_s: float) -> None:
+    def _stream(self, paced_gb_per_s: float) -> None:
         """Keep two jobs under way in each; a chunk is read again only after all others were."""
         count = len(self._movers)
         most = min(PACED_CROWD, self._ring_slots) if paced_gb_per_s else self._ring_slots
@@ -271,30 +273,27 @@ class ProcessSource:
         began, moved, job = time.perf_counter(), 0, 0
         under_way: list[dict[int, int]] = [{} for _ in self._movers]  # job -> chunks
         first = [0] * count
-        try:
-            while not self._over.is_set() or any(under_way):
-                for n, mover in enumerate(self._movers):
-                    mine = self._hashes[n::count]
-                    due = not paced_gb_per_s or moved < paced_gb_per_s * 1e9 * (
-                        time.perf_counter() - began
-                    )
-                    while len(under_way[n]) < 2 and due and not self._over.is_set():
-                        job += 1
-                        wanted = [mine[(first[n] + k) % len(mine)] for k in range(at_once)]
-                        first[n] += at_once
-                        moved += at_once * self._size
-                        mover.stage(job, wanted)
-                        under_way[n][job] = at_once
-                    for event in mover.take():
-                        if not isinstance(event, StageResult):
-                            continue
-                        if event.error is not None:
-                            raise event.error
-                        self._landed_bytes += under_way[n].pop(event.job) * self._size
-                        mover.release(event.job)
-                time.sleep(0.005)  # an engine looks once a step
-        except (AssertionError, ObjectCacheError) as exc:
-            self._failure = exc  # told by stop()
+        while not self._over.is_set() or any(under_way):
+            for n, mover in enumerate(self._movers):
+                mine = self._hashes[n::count]
+                due = not paced_gb_per_s or moved < paced_gb_per_s * 1e9 * (
+                    time.perf_counter() - began
+                )
+                while len(under_way[n]) < 2 and due and not self._over.is_set():
+                    job += 1
+                    wanted = [mine[(first[n] + k) % len(mine)] for k in range(at_once)]
+                    first[n] += at_once
+                    moved += at_once * self._size
+                    mover.stage(job, wanted)
+                    under_way[n][job] = at_once
+                for event in mover.take():
+                    if not isinstance(event, StageResult):
+                        continue
+                    if event.error is not None:
+                        raise event.error
+                    self._landed(under_way[n].pop(event.job) * self._size)
+                    mover.release(event.job)
+            time.sleep(0.005)  # an engine looks once a step
 
 
 def name_as_engines_do(chunks: Chunks) -> None:
@@ -305,9 +304,7 @@ def name_as_engines_do(chunks: Chunks) -> None:
         os.link(chunks.folder / chunks.key(n), path)
 
 
-def measure(
-    engine: Decodes, source: Source | ProcessSource, stream: Stream, seconds: float, seen: Seen
-) -> None:
+def measure(engine: Decodes, source: Source, stream: Stream, seconds: float, seen: Seen) -> None:
     """One round of one stream."""
     names = engine.begin()
     seen.alone_ms += engine.step_times_ms(seconds / 2)
@@ -344,10 +341,10 @@ def client_of(stream: Stream, at: Endpoint, memory: memoryview) -> ObjectCache:
 
 def source_of(
     stream: Stream, chunks: Chunks, at: Endpoint, memory: memoryview, pinned: bool
-) -> Source | ProcessSource:
+) -> Source:
     if stream.system == PROCESS:
         return ProcessSource(chunks, at, stream.threads, pinned)
-    return Source(chunks, memory, client_of(stream, at, memory))
+    return ClientSource(chunks, memory, client_of(stream, at, memory))
 
 
 def pinned(size: int) -> memoryview:
@@ -362,13 +359,7 @@ def pinned(size: int) -> memoryview:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     slice_bytes, slots = (16 << 10, 8) if args.cpu else (MIB, 2 * CROWD)
-    about = {
-        "benchmark": "steps",
-        "machine": args.machine or ("smoke" if args.cpu else results.machine()),
-        "commit": results.commit(),
-    }
-    path = args.out or results.FOLDER / f"steps-{about['machine']}.jsonl"
-    lines = results.Lines(path)
+    path, lines, about = command.begin("steps", args, args.cpu)
     scale = Scale(slots, slots, len(os.sched_getaffinity(0)), slice_bytes)
     with tempfile.TemporaryDirectory(prefix="steps-", dir="/dev/shm") as name:
         folder = Path(name)
@@ -386,7 +377,7 @@ def run(args: argparse.Namespace) -> int:
             memory = pinned(slots * lab.chunks.object_bytes)
             at = Endpoint(**lab.endpoints()["nginx"])
             say(f"ready after {time.monotonic() - began:.0f} s")
-            sources: dict[tuple[str, int], Source | ProcessSource | None] = {}
+            sources: dict[tuple[str, int], Source | None] = {}
             try:
                 until = began + args.seconds
                 rounds(args, engine, lab.chunks, memory, at, sources, lines, about, until)
@@ -404,7 +395,7 @@ def rounds(
     chunks: Chunks,
     memory: memoryview,
     at: Endpoint,
-    sources: dict[tuple[str, int], Source | ProcessSource | None],
+    sources: dict[tuple[str, int], Source | None],
     lines: results.Lines,
     about: dict[str, str],
     until: float,
@@ -433,24 +424,17 @@ def rounds(
         say(f"round {number + 1} of {args.rounds} done")
 
 
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = command.parser(
+        __doc__,
+        *("systems", "rounds", "seconds", "machine", "out"),
+        systems=[PROCESS, *TRANSPORTS],
     )
     add = parser.add_argument
     add("--cpu", action="store_true", help="a tiny model and tiny chunks")
-    add("--systems", default=",".join([PROCESS, *TRANSPORTS]), help="names with commas between")
     add("--threads", default="4,8,16", help="of the direct path; empty: what it takes by itself")
     add("--processes", default="1,2", help="that move bytes as in an engine with a GPU")
-    add("--rounds", type=int, default=3)
     add("--window", type=float, default=1.5, help="seconds of steps with each stream")
-    add("--seconds", type=float, default=3600.0, help="start nothing new after this time")
-    add("--machine", help="name for the results")
-    add("--out", type=Path, help="file for the results")
     args = parser.parse_args()
     # Before vLLM is imported: all of the engine in this process.
     os.environ.update(SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})

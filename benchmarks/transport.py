@@ -38,24 +38,22 @@ read from fewer pages than they send.
 """
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
-import re
 import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import command, results
 from benchmarks.clients import SYSTEMS
+from benchmarks.command import clean, say
 from benchmarks.lab import MIB, Gone, Lab, ReaderProcess, Scale
 from benchmarks.s3_like import BYTES_PER_S, FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, sigma
 
@@ -293,16 +291,6 @@ def medians(samples: list[dict[str, float]]) -> dict[str, Any]:
     return results.rounded(found) | {"rounds": len(samples)}
 
 
-def clean(why: str) -> str:
-    """A reason as it may stand in a file: no paths of this machine in it, and not long."""
-    return re.sub(r"(/[\w.+-]+){2,}", "...", why)[:200]
-
-
-def say(text: str) -> None:
-    """Tell a person; stdout is left to the results' path."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def scale_of(args: argparse.Namespace) -> Scale:
     cores = len(os.sched_getaffinity(0))
     if args.smoke:
@@ -340,13 +328,7 @@ def planned(
 def measure(args: argparse.Namespace) -> int:
     until = time.monotonic() + args.seconds
     scale = scale_of(args)
-    about = {
-        "benchmark": "transport",
-        "machine": "smoke" if args.smoke else args.machine or results.machine(),
-        "commit": results.commit(),
-    }
-    path = args.out or results.FOLDER / f"transport-{about['machine']}.jsonl"
-    lines = results.Lines(path)
+    path, lines, about = command.begin("transport", args, args.smoke)
     plan, too_large = planned(args, scale, lines, about)
     for case in too_large:
         say(f"does not fit {scale.slots} chunks of destination: {case}")
@@ -375,10 +357,6 @@ def measure(args: argparse.Namespace) -> int:
 
 def _environment(scale: Scale, facts: dict[str, Any], too_large: list[str]) -> dict[str, Any]:
     """What a reader of the results must know of the machine."""
-    versions = {}
-    for name in _MODULES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     metrics = {
         "cores": scale.cores,
         "destination_chunks": scale.slots,
@@ -388,27 +366,22 @@ def _environment(scale: Scale, facts: dict[str, Any], too_large: list[str]) -> d
     case = {"group": "machine"}
     return {
         **{"system": "environment", "case": case, "metrics": metrics},
-        **{"versions": versions, "too_large": too_large},
+        **{"versions": command.versions(_MODULES), "too_large": too_large},
     }
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = command.parser(
+        __doc__,
+        *("systems", "seconds", "rounds", "machine", "out", "again", "report"),
+        systems=SYSTEMS,
     )
     add = parser.add_argument
     add("--cases", default="", help="beginnings of the cases' names, with commas between")
-    add("--systems", default=",".join(SYSTEMS), help="names with commas between")
-    add("--seconds", type=float, default=3600.0, help="start nothing new after this time")
-    add("--rounds", type=int, default=3)
     add("--memory-gib", type=float, help="destination; 2, or 8 on a machine with over 64 GiB")
     add("--objects", type=int, help="different chunks")
-    add("--machine", help="name for the results, such as 16-core-h100")
-    add("--out", type=Path, help="file for the results")
-    add("--again", action="store_true", help="measure also what this commit has results of")
     add("--smoke", action="store_true", help="tiny sizes, to see that it all works")
-    add("--report", action="store_true", help="make the table and the plots from the results")
     args = parser.parse_args()
     if args.report:
         from benchmarks.transport_report import write

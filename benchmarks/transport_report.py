@@ -4,8 +4,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import report
 from benchmarks.clients import SYSTEMS
-from benchmarks.results import latest, read
+from benchmarks.report import (
+    drawing,
+    environment,
+    keep,
+    measured,
+    skipped,
+    table_head,
+    table_row,
+    title,
+)
 
 Line = dict[str, Any]
 _SERVERS = {
@@ -18,39 +28,28 @@ _SERVERS = {
 
 def write(folder: Path) -> None:
     """Write transport.md, and transport-<machine>.svg for each machine, into `folder`."""
-    text = [
+    head = (
         "# S3 clients side by side",
         "",
         "Made by `python -m benchmarks.transport --report` from `transport-*.jsonl` here. What each",
         "case is, and what is not measured, stands at the head of `benchmarks/transport.py`.",
-        "",
-    ]
-    for path in sorted(folder.glob("transport-*.jsonl")):
-        lines = latest(read(path))
-        if lines:
-            machine = lines[0]["machine"]
-            text += [*_machine(machine, lines), ""]
-            plot(lines, machine, folder / f"transport-{machine}.svg")
-    (folder / "transport.md").write_text("\n".join(text).rstrip() + "\n")
+    )
+    report.write(folder, "transport", head, _machine, plot)
 
 
-def _machine(machine: str, lines: list[Line]) -> Iterator[str]:
-    yield f"## {machine}"
-    yield ""
-    facts = next((one for one in lines if one["system"] == "environment"), None)
+def _machine(lines: list[Line]) -> Iterator[str]:
+    facts = environment(lines)
     if facts is not None:
         about = facts["metrics"]
         pinned = "pinned" if about["pinned"] else "not pinned (no GPU)"
-        versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
         yield (
             f"{about['cores']} cores; destination of {about['destination_chunks']} chunks, {pinned}; "
-            f"{about['different_chunks']} different chunks. Commit "
-            f"{', '.join(sorted({one['commit'] for one in lines}))}. {versions}."
+            f"{about['different_chunks']} different chunks. {measured(lines, facts)}"
         )
         if facts["too_large"]:
             yield f"{len(facts['too_large'])} cases do not fit the destination and are left out."
         yield ""
-    yield f"![rates](transport-{machine}.svg)"
+    yield f"![rates](transport-{lines[0]['machine']}.svg)"
     for server in ("nginx", "seaweedfs", "tls"):
         yield from _rates(server, _of(lines, "rate", server))
     yield from _latency(_of(lines, "latency", "s3-like"))
@@ -125,36 +124,17 @@ def _busy(server: str, lines: list[Line]) -> Iterator[str]:
     yield from _table(heads, lines, columns, cell)
 
 
-def skipped(lines: list[Line]) -> Iterator[str]:
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for one in lines:
-        if "skipped" in one:
-            case = {k: v for k, v in one["case"].items() if k != "group"}
-            what = ", ".join(f"{name} {value}" for name, value in case.items())
-            reasons.setdefault((one["system"], one["skipped"]), []).append(what)
-    if reasons:
-        yield from title("Left out")
-    for (system, why), cases in reasons.items():
-        shown = "; ".join(cases[:4]) + ("; ..." if len(cases) > 4 else "")
-        yield f"- {system} ({shown}): {why}"
-
-
-def title(text: str) -> Iterator[str]:
-    yield from ("", f"### {text}", "")
-
-
 def _table(
     heads: Sequence[str],
     lines: list[Line],
     columns: Sequence[Any],
     cell: Callable[[str, Any], str],
 ) -> Iterator[str]:
-    yield "| | " + " | ".join(heads) + " |"
-    yield "|---" * (len(heads) + 1) + "|"
+    yield from table_head("", heads)
     for system in _rows(lines):
         cells = [cell(system, column) for column in columns]
         if any(cells):
-            yield f"| {system} | " + " | ".join(cells) + " |"
+            yield table_row(system, cells)
 
 
 def _rows(lines: Iterable[Line]) -> list[str]:
@@ -190,12 +170,7 @@ def _find(lines: Iterable[Line], system: str, **case: Any) -> Any:
 
 def plot(lines: list[Line], machine: str, path: Path) -> None:
     """Rate by requests in flight, CPU by size, and what is left behind S3's latency."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "transport"  # the same results give the same file
-    from matplotlib import pyplot
-
+    pyplot = drawing("transport")
     figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5))
     nginx = _of(lines, "rate", "nginx")
     systems = [s for s in SYSTEMS if any(one["system"] == s for one in lines)]
@@ -227,8 +202,7 @@ def plot(lines: list[Line], machine: str, path: Path) -> None:
         left.legend(fontsize=7)
     figure.suptitle(machine)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    keep(pyplot, figure, path)
 
 
 def _curve(

@@ -40,7 +40,6 @@ machine, the time until a saved prefix can be found.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -50,15 +49,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
+from benchmarks import command, results
+from benchmarks.command import clean, say
 from benchmarks.live_engine import EngineGone, Processes
 from benchmarks.servers import ServerError
 from benchmarks.tiny_model import ModelShape, write_model
-from benchmarks.transport import clean, say
 from benchmarks.ttft_plan import Plan, Wanted, cases_of, planned, said, told, written
 from benchmarks.ttft_stores import (
     LOCAL,
@@ -236,10 +235,7 @@ class Run:
 
 def measure(args: argparse.Namespace) -> int:
     until = time.monotonic() + args.seconds
-    machine = "smoke" if args.smoke else args.machine or results.machine()
-    about = {"benchmark": "ttft", "machine": machine, "commit": results.commit()}
-    path = args.out or results.FOLDER / f"ttft-{machine}.jsonl"
-    lines = results.Lines(path)
+    path, lines, about = command.begin("ttft", args, args.smoke)
     cases = cases_of(
         args.cases,
         SMOKE_CONTEXTS if args.smoke else CONTEXTS,
@@ -405,10 +401,6 @@ def _fresh(args: argparse.Namespace) -> bool:
 
 def _environment(args: argparse.Namespace, setup: Setup, rounds: int) -> dict[str, Any]:
     """What a reader of the results must know of the machine and the engines."""
-    versions = {}
-    for name in _MODULES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     metrics = {
         "cores": len(os.sched_getaffinity(0)),
         "kv_bytes_per_token": setup.token_bytes,
@@ -417,24 +409,25 @@ def _environment(args: argparse.Namespace, setup: Setup, rounds: int) -> dict[st
     }
     return {
         **{"system": "environment", "case": {"group": "machine"}, "metrics": metrics},
-        **{"versions": versions, "engine": dict(args.engine), "options": dict(args.options)},
+        **{
+            "versions": command.versions(_MODULES),
+            "engine": dict(args.engine),
+            "options": dict(args.options),
+        },
     }
 
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = command.parser(
+        __doc__, "systems", "seconds", "rounds", "machine", "out", "again", "report"
     )
     add = parser.add_argument
     add("--cases", default="", help="contexts, or contexts x hit ratios, with commas between")
-    add("--systems", default="", help="names with commas between")
     add("--stores", default="", help=f"of {', '.join(LOCAL)}; with --bucket, a name for results")
     add("--endpoint-url", default="", help="S3 server other than AWS")
     add("--bucket", default="", help="a bucket that is there; one prefix of it is used and emptied")
     add("--region", default="", help="of the bucket")
-    add("--rounds", type=int, default=3)
-    add("--seconds", type=float, default=3600.0, help="start nothing new after this time")
     add("--overhead", choices=("save",), help="what saving costs a cold prompt")
     add("--decodes", action="store_true", help="what prefixes that come cost decoding")
     add("--engine", type=json.loads, default={}, help="JSON: LLM arguments to add or change")
@@ -443,11 +436,7 @@ def main() -> int:
     add("--fresh-processes", action="store_true", help="import vLLM anew for each engine")
     add("--keep-log", type=Path, help="a file for what the engines said")
     add("--trace", type=Path, help="a folder for objectcache's traces: see timeline.py")
-    add("--machine", help="name for the results, such as 16-core-h100")
-    add("--out", type=Path, help="file for the results")
-    add("--again", action="store_true", help="measure also what this commit has results of")
     add("--smoke", action="store_true", help="a tiny model on the CPU, to see that it all works")
-    add("--report", action="store_true", help="make the table and the plots from the results")
     args = parser.parse_args()
     if args.report:
         from benchmarks.ttft_report import write

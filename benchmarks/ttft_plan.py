@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import results
-from benchmarks.transport import clean
+from benchmarks.command import clean
 from benchmarks.ttft_systems import (
     Case,
     CpuTier,

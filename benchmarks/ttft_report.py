@@ -6,8 +6,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import latest, read
-from benchmarks.transport_report import skipped, title
+from benchmarks import report
+from benchmarks.report import (
+    drawing,
+    environment,
+    keep,
+    measured,
+    skipped,
+    table_head,
+    table_row,
+    title,
+)
 
 Line = dict[str, Any]
 Cell = tuple[int, float]  # context and hit ratio
@@ -25,37 +34,27 @@ _MEANS = {
 
 def write(folder: Path) -> None:
     """Write ttft.md, and ttft-<machine>.svg for each machine, into `folder`."""
-    text = [
+    head = (
         "# Time to the first token",
         "",
         "Made by `python -m benchmarks.ttft --report` from `ttft-*.jsonl` here. What each system is,",
         "what makes a run count, and what is not measured, stands at the head of `benchmarks/ttft.py`.",
-        "",
-    ]
-    for path in sorted(folder.glob("ttft-*.jsonl")):
-        lines = latest(read(path))
-        if lines:
-            machine = lines[0]["machine"]
-            text += [*_machine(machine, lines), ""]
-            plot(lines, machine, folder / f"ttft-{machine}.svg")
-    (folder / "ttft.md").write_text("\n".join(text).rstrip() + "\n")
+    )
+    report.write(folder, "ttft", head, _machine, plot)
 
 
-def _machine(machine: str, lines: list[Line]) -> Iterator[str]:
-    yield from (f"## {machine}", "")
-    facts = next((one for one in lines if one["system"] == "environment"), None)
+def _machine(lines: list[Line]) -> Iterator[str]:
+    facts = environment(lines)
     if facts is not None:
-        versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
         about = facts["metrics"]
         yield (
             f"{about['cores']} cores; {about['kv_bytes_per_token'] / 1024:g} KiB of KV a token; ring of "
-            f"{about['ring_bytes'] / 2**30:.1f} GiB. Commit "
-            f"{', '.join(sorted({one['commit'] for one in lines}))}. {versions}."
+            f"{about['ring_bytes'] / 2**30:.1f} GiB. {measured(lines, facts)}"
         )
         changed = [f"{name} {facts[name]}" for name in ("engine", "options") if facts[name]]
         yield from changed
         yield ""
-    yield f"![TTFT](ttft-{machine}.svg)"
+    yield f"![TTFT](ttft-{lines[0]['machine']}.svg)"
     yield from _ttft(lines)
     yield from _against(lines)
     yield from _saving(lines)
@@ -72,12 +71,12 @@ def _ttft(lines: list[Line]) -> Iterator[str]:
 
 
 def _table(heads: Sequence[str], lines: list[Line], cells: Sequence[Cell]) -> Iterator[str]:
-    yield from _heads("", heads)
+    yield from table_head("", heads)
     for row in rows_of(lines):
         found = [metrics_of(lines, row, cell) for cell in cells]
         shown = [f"{m['ttft_s']:.3g} ({_runs(m)})" if m else "" for m in found]
         if any(shown):
-            yield _line(_name(row), shown)
+            yield table_row(_name(row), shown)
 
 
 def _against(lines: list[Line]) -> Iterator[str]:
@@ -87,14 +86,14 @@ def _against(lines: list[Line]) -> Iterator[str]:
     if not ours:
         return
     yield from title("objectcache from the store, against")
-    yield from _heads("", [_head(cell) for cell in cells])
+    yield from table_head("", [_head(cell) for cell in cells])
     for row in ours:
         others = [("local", row[1]), ("hbm", "none"), ("vllm-cpu", "none")]
         others += [("vllm-s3", row[1]), ("recompute", "none")]
         for other in others:
             shown = [_compared(lines, row, other, cell) for cell in cells]
             if any(shown):
-                yield _line(f"{row[1]}: {other[0]}", shown)
+                yield table_row(f"{row[1]}: {other[0]}", shown)
 
 
 def _compared(lines: list[Line], row: Row, other: Row, cell: Cell) -> str:
@@ -112,7 +111,7 @@ def _saving(lines: list[Line]) -> Iterator[str]:
     if not saving:
         return
     yield from title("What saving costs a cold prompt: TTFT, s")
-    yield from _heads("tokens, store", ["saved", "no connector", "more"])
+    yield from table_head("tokens, store", ["saved", "no connector", "more"])
     for one in sorted(saving, key=lambda one: int(one["case"]["context_tokens"])):
         cell = (one["case"]["context_tokens"], 0.0)
         plain = metrics_of(lines, ("recompute", "none"), cell)
@@ -120,7 +119,7 @@ def _saving(lines: list[Line]) -> Iterator[str]:
         if plain:
             more = 100 * (one["metrics"]["ttft_s"] / plain["ttft_s"] - 1)
             shown[1:] = [f"{plain['ttft_s']:.4g} ({_runs(plain)})", f"{more:+.1f} %"]
-        yield _line(f"{cell[0]}, {one['case']['store']}", shown)
+        yield table_row(f"{cell[0]}, {one['case']['store']}", shown)
 
 
 def _decodes(lines: list[Line]) -> Iterator[str]:
@@ -129,14 +128,14 @@ def _decodes(lines: list[Line]) -> Iterator[str]:
         return
     yield from title("Steps of 32 decoding sequences while prefixes come, ms")
     heads = ["alone p50 / p99", "beside p50 / p99", "worse, %", "with those that admit p50 / p99"]
-    yield from _heads("prefix, store", [*heads, "longest that admits", "GB/s"])
+    yield from table_head("prefix, store", [*heads, "longest that admits", "GB/s"])
     for one in decodes:
         case, m = one["case"], one["metrics"]
         pair = [f"{m[f'{w}_step_p50_ms']:.3g} / {m[f'{w}_step_p99_ms']:.3g}" for w in _STEPS]
         worse = f"{m['p50_worse_percent']:+.1f} / {m['p99_worse_percent']:+.1f}"
         shown = [pair[0], pair[1], worse, pair[2], f"{m['admitting_step_max_ms']:.3g}"]
         name = f"{case['context_tokens']} x {case['hit_ratio']}, {case['store']}"
-        yield _line(name, [*shown, f"{m['gb_per_s']:.3g}"])
+        yield table_row(name, [*shown, f"{m['gb_per_s']:.3g}"])
 
 
 _STEPS = ("alone", "beside", "all")
@@ -179,29 +178,15 @@ def _runs(metrics: dict[str, Any]) -> str:
     return ", ".join(f"{value:.3g}" for value in metrics["ttft_s_runs"])
 
 
-def _heads(first: str, heads: Sequence[str]) -> Iterator[str]:
-    yield _line(first, heads)
-    yield "|---" * (len(heads) + 1) + "|"
-
-
-def _line(first: str, cells: Sequence[str]) -> str:
-    return f"| {first} | " + " | ".join(cells) + " |"
-
-
 def plot(lines: list[Line], machine: str, path: Path) -> None:
     """A panel for each case: medians as bars, all runs as dots."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "ttft"  # the same results give the same file
-    from matplotlib import pyplot
-
     cells = cells_of(lines)
     rows = [row for row in rows_of(lines) if any(metrics_of(lines, row, one) for one in cells)]
     if not rows:
         return
     ratios = sorted({ratio for _, ratio in cells})
     contexts = sorted({context for context, _ in cells})
+    pyplot = drawing("ttft")
     size = (4.2 * len(contexts) + 1.5, (0.32 * len(rows) + 0.9) * len(ratios))
     figure, panels = pyplot.subplots(
         len(ratios), len(contexts), figsize=size, squeeze=False, sharey=True
@@ -223,5 +208,4 @@ def plot(lines: list[Line], machine: str, path: Path) -> None:
     figure.suptitle(machine)
     figure.text(0.01, 0.005, means, fontsize=6)
     figure.tight_layout(rect=(0, 0.02, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    keep(pyplot, figure, path)

@@ -3,13 +3,14 @@
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
 
 import pytest
 from fault_server import FaultProxy
 
-from benchmarks.servers import seaweedfs
+from benchmarks.servers import SeaweedFS, Server
 from objectcache.config import Options, parse
 from objectcache.errors import ObjectCacheError
 from objectcache.stores.base import Store, StoreCounters
@@ -18,8 +19,9 @@ from objectcache.stores.s3_direct import DirectStore
 from objectcache.stores.s3_obstore import ObstoreStore
 
 BODY = os.urandom(600_000)  # of the object `there`
-QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "attempts": 3}
-QUICK["hedge_percent"] = 0  # requests are counted, and many are late on purpose
+# No answer is late with these, however busy the machine, and none is hedged: requests can be counted.
+PATIENT = {"connect_timeout_ms": 5000, "read_timeout_ms": 5000, "attempts": 3, "hedge_percent": 0}
+QUICK = {"connect_timeout_ms": 400, "read_timeout_ms": 400}  # for a server that falls silent
 PATHS: dict[str, Callable[[Options], Store]] = {  # every data path to S3 passes the same suites
     "aiobotocore": S3Store,
     "obstore": lambda options: ObstoreStore(S3Store(options), options),
@@ -46,7 +48,7 @@ class Lab:
         limit_s: float = 5.0,
         **options: object,
     ) -> float:
-        """Run `scenario` with a store that is connected; the seconds it took."""
+        """Run `scenario` with a store that is connected; the seconds it took. It is PATIENT but for `options`."""
         return self._runner.run(asyncio.wait_for(self._run(scenario, limit_s, options), 60))
 
     async def _run(
@@ -57,7 +59,7 @@ class Lab:
     ) -> float:
         store = self._stores.get(repr(options))
         if store is None:
-            settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **QUICK}
+            settings = {"url": "s3://faults/lab", "endpoint_url": self.proxy.url, **PATIENT}
             store = self._stores[repr(options)] = PATHS[self.path](parse({**settings, **options}))
         fault, self.proxy.fault = self.proxy.fault, None
         script = list(self.proxy.script)
@@ -79,20 +81,46 @@ class Lab:
         self._runner.close()
 
 
-@pytest.fixture(scope="module", name="module_lab", params=PATHS)
-def module_lab_fixture(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Lab]:
-    with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
-        before = dict(os.environ)
-        os.environ.update(server.env)
-        server.client().put_object(Bucket="faults", Key="lab/there", Body=BODY)
-        with FaultProxy(server.endpoint_url) as proxy:
-            lab = Lab(proxy, request.param)
-            yield lab
-            lab.close()
+@contextmanager
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """These set, and all put back in the end."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def bucket(server: Server, name: str) -> Iterator[Any]:
+    """A new bucket on a server that is up, whose credentials are in the environment; removed in the end. Yields a client."""
+    client = server.client()
+    client.create_bucket(Bucket=name)
+    with environment(server.env):
+        yield client
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=name):
+        if found := [{"Key": entry["Key"]} for entry in page.get("Contents", ())]:
+            client.delete_objects(Bucket=name, Delete={"Objects": found})
+    client.delete_bucket(Bucket=name)
+    client.close()
+
+
+@contextmanager
+def lab_on(server: Server, path: str, key: str, body: bytes) -> Iterator[Lab]:
+    """A lab with one object."""
+    with bucket(server, "faults") as client, FaultProxy(server.endpoint_url) as proxy:
+        client.put_object(Bucket="faults", Key=f"lab/{key}", Body=body)
+        lab = Lab(proxy, path)
+        yield lab
+        lab.close()
+
+
+@pytest.fixture(scope="module", name="module_lab", params=PATHS)
+def module_lab_fixture(request: pytest.FixtureRequest, weed: SeaweedFS) -> Iterator[Lab]:
+    with lab_on(weed, request.param, "there", BODY) as lab:
+        yield lab
 
 
 @pytest.fixture(name="lab")
@@ -106,7 +134,7 @@ def lab_fixture(module_lab: Lab) -> Lab:
 async def opened(
     endpoint_url: str, url: str = "s3://faults", path: str = "aiobotocore", **options: object
 ) -> AsyncIterator[Store]:
-    store = PATHS[path](parse({"url": url, "endpoint_url": endpoint_url, **QUICK, **options}))
+    store = PATHS[path](parse({"url": url, "endpoint_url": endpoint_url, **PATIENT, **options}))
     try:
         yield store
     finally:

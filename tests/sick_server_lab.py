@@ -1,13 +1,13 @@
 """A real S3 server behind a proxy that breaks what it is told to, and a model for toy engines. No tests here."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fault_server import FaultProxy
+from s3_lab import bucket
 
-from benchmarks.servers import seaweedfs
+from benchmarks.servers import SeaweedFS
 from benchmarks.tiny_model import write_model
 
 
@@ -17,14 +17,7 @@ def model_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(name="proxy", scope="module")
-def proxy_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultProxy]:
-    """Before a bucket kvcache; its credentials are in the environment."""
-    before = dict(os.environ)
-    with (
-        seaweedfs(tmp_path_factory.mktemp("s3"), "kvcache") as server,
-        FaultProxy(server.endpoint_url) as proxy,
-    ):
-        os.environ.update(server.env)  # the engine runs in this process
+def proxy_fixture(weed: SeaweedFS) -> Iterator[FaultProxy]:
+    """Before a bucket kvcache; its credentials are in the environment: engines run in this process."""
+    with bucket(weed, "kvcache"), FaultProxy(weed.endpoint_url) as proxy:
         yield proxy
-        os.environ.clear()
-        os.environ.update(before)

@@ -6,12 +6,11 @@ import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from s3_lab import PATHS
+from s3_lab import PATHS, bucket, environment
 
-from benchmarks.servers import Server, moto_server, radosgw, radosgw_absent, seaweedfs
+from benchmarks.servers import Server, moto_server, radosgw, radosgw_absent
 from objectcache.config import Options, parse
 from objectcache.stores import open_store
 from objectcache.stores.base import Store
@@ -48,28 +47,31 @@ class Place:
         asyncio.run(asyncio.wait_for(opened(), 60))
 
 
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _server(kind: str, root: Path) -> Server:
-    if kind == "s3-moto":
-        return moto_server("contract")
-    if kind == "s3-seaweedfs":
-        return seaweedfs(root, "contract")
+@pytest.fixture(name="ceph", scope="module")
+def ceph_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     absent = radosgw_absent()
     if absent and os.environ.get("OBJECTCACHE_REQUIRE_CEPH") == "1":
         pytest.fail(absent)
     if absent:
         pytest.skip(absent)
-    return radosgw(root, "contract")
+    with radosgw(tmp_path_factory.mktemp("ceph") / "server", "contract") as server:
+        yield server
+
+
+@contextmanager
+def _server(kind: str, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server with a bucket `contract`, and its credentials in the environment."""
+    if kind == "s3-moto":
+        with moto_server("contract") as server, environment(server.env):
+            yield server
+    elif kind == "s3-seaweedfs":
+        weed = request.getfixturevalue("weed")
+        with bucket(weed, "contract"):
+            yield weed
+    else:
+        ceph = request.getfixturevalue("ceph")
+        with environment(ceph.env):
+            yield ceph
 
 
 @pytest.fixture(name="place", scope="module", params=KINDS)
@@ -77,13 +79,12 @@ def place_fixture(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Place]:
     kind = request.param
-    root = tmp_path_factory.mktemp(kind.split()[0])
     if kind == "memory":
         yield Place(kind, "memory://contract")
     elif kind == "file":
-        yield Place(kind, f"file://{root}/store")
+        yield Place(kind, f"file://{tmp_path_factory.mktemp(kind)}/store")
     else:
         kind, path = kind.split()
-        with _server(kind, root / "server") as server, _environment(server.env):
-            # moto's objects outlive its server, hence a prefix for each path.
+        with _server(kind, request) as server:
+            # Objects outlive the place, hence a prefix for each path.
             yield Place(kind, f"s3://contract/some/{path}", server.endpoint_url, PATHS[path])

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import ssl
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -16,14 +14,16 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
+from smoke_runs import smoke_run
 
 from benchmarks.clients import Endpoint, ObjectCacheAiobotocore
+from benchmarks.command import clean
 from benchmarks.lab import MIB, Lab, ReaderProcess, Scale
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
-from benchmarks.results import ROOT, Lines, latest, read
+from benchmarks.results import Lines, latest, read
 from benchmarks.s3_like import FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like, sigma
-from benchmarks.steps import Seen, Source, Stream, measure
-from benchmarks.transport import cases, clean, modelled_best_s
+from benchmarks.steps import ClientSource, Seen, Stream, measure
+from benchmarks.transport import cases, modelled_best_s
 from benchmarks.transport_report import write
 from objectcache.errors import Corrupt
 
@@ -40,21 +40,13 @@ CHUNK_BYTES = 32 * (16 << 10)  # of a smoke run
 @pytest.fixture(scope="module", name="lines")
 def lines_fixture(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     path = tmp_path_factory.mktemp("results") / "transport-smoke.jsonl"
-    smoke("--out", str(path), "--rounds", "1")
+    smoke(path)
     return read(path)
 
 
-def smoke(*options: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.transport", "--smoke", "--systems", SYSTEMS, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stderr
+def smoke(path: Path) -> str:
+    options = ("--systems", SYSTEMS, "--rounds", "1", "--out", str(path))
+    return smoke_run("transport", *options, limit_s=120)
 
 
 def test_each_line_says_what_was_measured_where(lines: list[dict[str, Any]]) -> None:
@@ -116,7 +108,7 @@ def test_what_has_a_line_is_not_measured_again(lines: list[dict[str, Any]], tmp_
     kept = Lines(path)
     for line in lines:
         kept.put(line | {"metrics": dict.fromkeys(line["metrics"], 7), "skipped": "kept"})
-    told = smoke("--out", str(path), "--rounds", "1")
+    told = smoke(path)
     assert "nothing is left to measure" in told
     assert all(set(one["metrics"].values()) <= {7} for one in read(path))
 
@@ -179,7 +171,7 @@ def test_steps_are_measured_beside_a_verified_stream(tmp_path: Path) -> None:
         memory = memoryview(bytearray(2 * lab.chunks.object_bytes))
         client = ObjectCacheAiobotocore(Endpoint(**lab.endpoints()["s3-like"]), 2, memory)
         try:
-            source, seen = Source(lab.chunks, memory, client), Seen()
+            source, seen = ClientSource(lab.chunks, memory, client), Seen()
             stream = Stream("objectcache-aiobotocore", 0, 0.0)
             engine: Any = ToyEngine()
             for _ in range(10):  # a machine that is busy opens its first connection late

@@ -4,13 +4,13 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from s3_lab import bucket
 
-from benchmarks.servers import Server, seaweedfs
+from benchmarks.servers import SeaweedFS, Server
 from objectcache import admin, cli, config
 from objectcache.errors import Denied, NotFound
 from objectcache.keys import Namespace, object_key
@@ -311,13 +311,12 @@ def test_a_reader_that_had_enough_is_no_error(url: str) -> None:
 # ---- a real S3 server
 
 
-@pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with seaweedfs(tmp_path_factory.mktemp("s3"), "kvcache") as server:
-        yield server
+def test_on_a_real_server(weed: SeaweedFS) -> None:
+    with bucket(weed, "kvcache"):
+        _on_a_real_server(weed)
 
 
-def test_on_a_real_server(s3: Server) -> None:
+def _on_a_real_server(s3: Server) -> None:
     at = ("s3://kvcache/team", "--endpoint-url", s3.endpoint_url)
     done = objectcache("check", *at, **s3.env)
     assert done.returncode == 0, done.stdout + done.stderr

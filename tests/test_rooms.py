@@ -309,10 +309,26 @@ def test_pure_rooms_touch_nothing() -> None:
     }
 
 
+def outside(root: Path) -> list[Path]:
+    """What is no room, but code all the same."""
+    return [path for at in ("tests", "benchmarks", ".") for path in (root / at).glob("*.py")]
+
+
+def sizes_outside(root: Path) -> list[str]:
+    return [
+        fault
+        for path in outside(root)
+        for fault in check_sizes(path.name, ast.parse(path.read_text()), path.read_text())
+    ]
+
+
 def test_names_outside_the_package_say_something_too() -> None:
-    root = PACKAGE.parent
-    files = [*root.glob("tests/*.py"), *root.glob("benchmarks/*.py"), *root.glob("*.py")]
+    files = outside(PACKAGE.parent)
     assert [path.name for path in files if any(word in path.stem for word in VAGUE)] == []
+
+
+def test_files_and_functions_outside_the_package_are_as_short() -> None:
+    assert sizes_outside(PACKAGE.parent) == []
 
 
 # ---- the tester, tested
@@ -383,6 +399,14 @@ def test_a_wrong_file_is_seen(tmp_path: Path, name: str, text: str, says: str) -
     package = copied(tmp_path)
     (package / name).write_text(text)
     assert any(says in fault for fault in set(faults(package)) - set(faults(PACKAGE)))
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks", "."])
+def test_what_is_too_long_outside_is_seen(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "long.py").write_text("# a line\n" * 450 + LONG)
+    file, function = sizes_outside(tmp_path)
+    assert "long.py has" in file and "long.py.long has 71 lines" in function
 
 
 def test_a_room_that_went_away_is_seen(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     ASKED_TWICE,
     BODY,
     PATHS,
+    QUICK,
     Lab,
     lab_fixture,
     module_lab_fixture,
@@ -32,7 +33,7 @@ def test_a_read_that_drips_ends(lab: Lab) -> None:
     async def scenario(store: Store) -> None:
         await refused(Unavailable, store.read("there", memoryview(bytearray(len(BODY)))))
 
-    assert lab.run(scenario) > 1
+    assert lab.run(scenario, **QUICK) > 1
     assert lab.proxy.count("GET") == 1
 
 
@@ -43,7 +44,7 @@ def test_retry_after_is_heeded_within_reason(lab: Lab, wish_s: str, attempts: in
     async def scenario(store: Store) -> None:
         await refused(Unavailable, store.head("there"))
 
-    took_s = lab.run(scenario, limit_s=3, read_timeout_ms=5000)
+    took_s = lab.run(scenario, limit_s=3)
     unread = ASKED_TWICE[
         lab.path
     ]  # obstore does not tell it: the second attempt is the first to know
@@ -79,7 +80,9 @@ def test_nobody_listens(lab: Lab) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_no_such_host(path: str) -> None:
     async def scenario() -> None:
-        async with opened("http://no-such-host.invalid", path=path, anonymous=True) as store:
+        async with opened(
+            "http://no-such-host.invalid", path=path, anonymous=True, **QUICK
+        ) as store:
             error = await refused(Unavailable, store.head("there"))
             assert "DNS" in error.hint
 
@@ -91,7 +94,7 @@ def test_no_such_host(path: str) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_server_that_accepts_and_says_nothing(path: str) -> None:
     async def scenario(endpoint_url: str) -> None:
-        async with opened(endpoint_url, path=path, anonymous=True) as store:
+        async with opened(endpoint_url, path=path, anonymous=True, **QUICK) as store:
             await refused(Unavailable, store.head("there"))
 
     with socket.socket() as silent:
@@ -176,7 +179,11 @@ def test_waiting_for_a_connection_is_no_timeout(lab: Lab) -> None:
     async def scenario(store: Store) -> None:
         assert await asyncio.gather(*(store.head("there") for _ in range(8))) == [len(BODY)] * 8
 
-    assert lab.run(scenario, max_connections=1, attempts=1) > 1.5
+    limits = {
+        "connect_timeout_ms": 600,
+        "read_timeout_ms": 600,
+    }  # longer than one waits for an answer, shorter than for a turn
+    assert lab.run(scenario, max_connections=1, attempts=1, **limits) > 1.5
 
 
 def test_nothing_is_logged_for_each_request(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:

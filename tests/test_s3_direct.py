@@ -14,6 +14,8 @@ import pytest
 from fault_server import Fault
 from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     BODY,
+    PATIENT,
+    QUICK,
     Lab,
     lab_fixture,
     module_lab_fixture,
@@ -90,8 +92,8 @@ def environment(values: dict[str, str]) -> Iterator[None]:
 async def direct(
     endpoint_url: str, others: Store | None = None, **options: object
 ) -> AsyncIterator[DirectStore]:
-    quick = {"connect_timeout_ms": 400, "read_timeout_ms": 400, "anonymous": True, "attempts": 1}
-    parsed = parse({"url": "s3://some-bucket", "endpoint_url": endpoint_url, **quick, **options})
+    settings = {"url": "s3://some-bucket", "endpoint_url": endpoint_url, **PATIENT}
+    parsed = parse({**settings, "anonymous": True, "attempts": 1, **options})
     library = S3Store(parsed)
     store = DirectStore(library, others or library, parsed)
     try:
@@ -285,7 +287,7 @@ def test_what_is_odd_is_handed_over_and_said_once(
         assert store.counters.handed_over == handed_over
 
     # A store of its own, which has said nothing yet.
-    fresh = {"read_timeout_ms": 401 + FAULTS.index(fault)}
+    fresh = {"read_timeout_ms": 5001 + FAULTS.index(fault)}
     with caplog.at_level(logging.INFO):
         lab.run(scenario, **fresh)
     said = [r for r in caplog.records if "slower path" in r.getMessage()]
@@ -380,7 +382,7 @@ def test_nothing_is_left_behind() -> None:
         origin = Origin(by_key)
         await origin.listen("127.0.0.1")
         memories = []
-        async with direct(f"http://127.0.0.1:{origin.port}") as store:
+        async with direct(f"http://127.0.0.1:{origin.port}", **QUICK) as store:
             calls = []
             for key in ("good", "short", "broken") * 4:
                 memories.append(bytearray(len(BODY)))

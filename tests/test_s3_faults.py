@@ -10,6 +10,7 @@ from fault_server import Fault, Request, cut
 from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     ASKED_TWICE,
     BODY,
+    QUICK,
     READ_TWICE,
     Lab,
     lab_fixture,
@@ -84,7 +85,7 @@ def test_an_answer_becomes_the_right_error(
     elif how == "head" and fault.code == "InvalidObjectState":
         kind = Denied
     lab.proxy.fault = fault
-    lab.run(scenario)
+    lab.run(scenario, **(QUICK if fault.delay_s else {}))
     # aiohttp repeats a request by itself, once, if the connection ends without an answer; botocore
     # asks for the bucket's region if a HEAD is answered with 400.
     unanswered = fault.reset or fault.raw == b"" or (how == "head" and fault.status == 400)
@@ -112,7 +113,11 @@ def test_an_answer_becomes_the_right_error(
 @pytest.mark.parametrize("start", [None, 1000])
 def test_a_read_survives_two_faults(lab: Lab, fault: Fault, start: int | None) -> None:
     lab.proxy.script.extend([fault, fault])
-    lab.run(lambda store: read_there(store, start, len(BODY) - (start or 0)))
+    silent = fault.delay_s or fault.stop == "stall"
+    lab.run(
+        lambda store: read_there(store, start, len(BODY) - (start or 0)),
+        **(QUICK if silent else {}),
+    )
     assert 3 <= lab.proxy.count("GET") <= 4  # see above
 
 
@@ -228,6 +233,9 @@ def test_bytes_behind_a_body_do_no_harm(lab: Lab) -> None:
             with suppress(Unavailable, Corrupt):
                 await read_there(store, 10, 1000)
         lab.proxy.fault = None
+        for _ in range(2):  # what the last one left behind may be met once more
+            with suppress(Unavailable, Corrupt):
+                await read_there(store)
         await read_there(store)
 
     lab.run(scenario)
@@ -296,7 +304,8 @@ def test_a_put_whose_answer_is_lost_does_not_write_twice(lab: Lab) -> None:
         assert created is (lab.path == "obstore")
         assert await store.head("lost") == len(BODY)
 
-    lab.run(scenario)
+    # As long as the second answer must not take, lest there be a third PUT.
+    lab.run(scenario, read_timeout_ms=1500)
     assert lab.proxy.count("PUT") == (1 if lab.path == "obstore" else 2)
 
 

@@ -11,12 +11,20 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from aws_stub import Stub
-from fault_server import Fault, FaultProxy, cut
+from fault_server import Fault, cut
 from hypothesis import given
 from hypothesis import strategies as st
-from s3_lab import QUICK, Lab, read_there, refused
+from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
+    PATIENT,
+    QUICK,
+    Lab,
+    lab_fixture,
+    lab_on,
+    read_there,
+    refused,
+)
 
-from benchmarks.servers import seaweedfs
+from benchmarks.servers import SeaweedFS
 from objectcache.config import parse
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
 from objectcache.stores.base import Store
@@ -29,29 +37,14 @@ MARKS = [4096 + i * MIB for i in range(10)]
 
 
 def _store(endpoint_url: str, keys_s: float = 20.0, **options: object) -> ObstoreStore:
-    settings = {"url": "s3://faults/lab", "endpoint_url": endpoint_url, **QUICK, **options}
+    settings = {"url": "s3://faults/lab", "endpoint_url": endpoint_url, **PATIENT, **options}
     return ObstoreStore(S3Store(parse(settings)), parse(settings), keys_s)
 
 
 @pytest.fixture(scope="module", name="module_lab")
-def module_lab_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    with seaweedfs(tmp_path_factory.mktemp("seaweedfs"), "faults") as server:
-        before = dict(os.environ)
-        os.environ.update(server.env)
-        server.client().put_object(Bucket="faults", Key="lab/large", Body=LARGE)
-        with FaultProxy(server.endpoint_url) as proxy:
-            lab = Lab(proxy, "obstore")
-            yield lab
-            lab.close()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@pytest.fixture(name="lab")
-def lab_fixture(module_lab: Lab) -> Lab:
-    module_lab.proxy.fault = None
-    module_lab.proxy.script.clear()
-    return module_lab
+def module_lab_fixture(weed: SeaweedFS) -> Iterator[Lab]:
+    with lab_on(weed, "obstore", "large", LARGE) as lab:
+        yield lab
 
 
 async def _read_large(store: Store) -> None:
@@ -113,7 +106,7 @@ def test_an_etag_that_never_matches_is_not_asked_for(lab: Lab) -> None:
 
 def test_silence_inside_of_a_piece_is_noticed_in_time(lab: Lab) -> None:
     lab.proxy.script.append(cut(2 * MIB, "stall"))
-    assert lab.run(_read_large) < 3 * 0.4 + 1
+    assert lab.run(_read_large, **QUICK) < 3 * 0.4 + 1
 
 
 @pytest.mark.parametrize(
@@ -151,7 +144,7 @@ def test_handing_over_is_told_once_for_each_reason_and_counted(
         assert store.counters.handed_over == 4
 
     with caplog.at_level(logging.INFO, "vllm.objectcache"):
-        lab.run(scenario, read_timeout_ms=401)  # a store of its own
+        lab.run(scenario, read_timeout_ms=5001)  # a store of its own
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 2
     assert "403" in told[0] and "400" in told[1] and "aiobotocore" in told[0]
@@ -203,7 +196,7 @@ def test_a_body_is_given_back_before_the_call_ends(lab: Lab) -> None:
             view.release()
             body.append(0)
 
-    lab.run(scenario, limit_s=8, attempts=1)
+    lab.run(scenario, limit_s=8, attempts=1, **QUICK)
 
 
 def test_keys_that_change_are_used_soon() -> None:

@@ -350,9 +350,7 @@ def test_random_life(model: Path, tmp_path_factory: pytest.TempPathFactory) -> N
         st.lists(action, min_size=5, max_size=30),
         st.sampled_from([40, 200]),
         st.sampled_from([48, 4096]),
-        st.sampled_from(
-            [3, 3, 3, 60]
-        ),  # with 60 layers a ring holds 4 chunks: most prefixes stream
+        st.sampled_from([3, 3, 3, 60]),  # with 60 a ring holds 4 chunks: most prefixes stream
     )
     def live(actions: list[tuple[Any, ...]], blocks: int, budget: int, layers: int) -> None:
         folder = tmp_path_factory.mktemp("life")

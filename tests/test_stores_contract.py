@@ -10,6 +10,7 @@ from store_places import (  # noqa: F401 (pytest looks for the fixtures here)
     BODY,
     MARKS,
     Place,
+    ceph_fixture,
     place_fixture,
 )
 

@@ -2,13 +2,12 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from smoke_runs import smoke_run
 from ttft_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     CHUNK_BYTES,
     LONG,
@@ -25,7 +24,7 @@ from ttft_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 from benchmarks.decodes import summary
 from benchmarks.live_engine import EngineGone, EngineProcess, root_cause
 from benchmarks.nginx import nginx_absent
-from benchmarks.results import ROOT, Lines, read
+from benchmarks.results import Lines, read
 from benchmarks.timeline import of, records
 from benchmarks.ttft import Run, sessions
 from benchmarks.ttft_plan import Plan, cases_of, planned, said, told, written
@@ -395,17 +394,8 @@ def traces_fixture(
 
 def smoke(folder: Path, *options: str) -> str:
     out, log = str(folder / "ttft-smoke.jsonl"), str(folder / "engine.log")
-    command = [sys.executable, "-m", "benchmarks.ttft", "--smoke", "--out", out]
-    done = subprocess.run(
-        [*command, "--folder", str(folder), "--keep-log", log, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stderr
+    places = ("--out", out, "--folder", str(folder), "--keep-log", log)
+    return smoke_run("ttft", *places, *options, limit_s=240)
 
 
 def test_real_engines_are_measured_in_every_system(lines: list[dict[str, Any]]) -> None:

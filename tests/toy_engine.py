@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.config import CUDAGraphMode, VllmConfig
@@ -263,11 +264,11 @@ class _Worker:
             f"model.layers.{layer}.attn": torch.zeros(shape) for layer in range(engine.layers)
         }
         self.pages = [
-            torch.frombuffer(memoryview(kv.numpy()).cast("B"), dtype=torch.uint8).view(
-                cache.num_blocks, engine.block_tokens, ROW_BYTES
-            )
+            kv.numpy().view(np.uint8).reshape(cache.num_blocks, engine.block_tokens, ROW_BYTES)
             for kv in self.kv.values()
         ]
+        # request -> tokens, the hash of them, and what it was after each
+        self._digests: dict[str, tuple[list[int], Any, bytearray]] = {}
         self.connector, self.place = None, None
         self.wrong: list[tuple[set[int], str]] = []  # blocks of who read wrong rows in this step
         if config.kv_transfer_config is not None:
@@ -331,43 +332,40 @@ class _Worker:
             # num_computed_tokens was advanced when the step was scheduled.
             end = request.num_computed_tokens
             rows = self._rows_of(request, end)
-            batch.append((name, blocks, end - count, end, rows))
+            batch.append((name, np.array(blocks), end - count, end, rows))
+        size = self.engine.block_tokens
         for layer, layer_name in enumerate(self.kv):
             page = self.pages[layer]
             for name, blocks, start, end, rows in batch:
-                at = torch.arange(start, end)
-                where = torch.tensor(blocks)[at // self.engine.block_tokens]
-                computed = rows[layer][start:end]
+                at = np.arange(start, end)
+                computed = rows[start:] ^ (layer + 1)
                 computed = ~computed if name in self.engine.misled else computed
-                page[where, at % self.engine.block_tokens] = computed
+                page[blocks[at // size], at % size] = computed
             wait_for_layer(layer_name)
             for name, blocks, _, end, rows in batch:
-                table = torch.tensor(blocks)
-                seen = page[table].reshape(-1, ROW_BYTES)[:end]
-                if not torch.equal(seen, rows[layer][:end]):
-                    wrong = (seen != rows[layer][:end]).any(dim=1).nonzero().flatten().tolist()
+                seen = page[blocks[: -(-end // size)]].reshape(-1, ROW_BYTES)[:end]
+                right = rows ^ (layer + 1)
+                if not np.array_equal(seen, right):
+                    wrong = (seen != right).any(axis=1).nonzero()[0].tolist()
                     self.engine.misled.add(name)
                     where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
-                    self.wrong.append((set(blocks), where))
+                    self.wrong.append((set(blocks.tolist()), where))
             save_layer(layer_name)
 
-    def _rows_of(self, request: Request, end: int) -> list[torch.Tensor]:
-        """Layer by layer the right KV of the first `end` tokens: uint8 [end, ROW_BYTES]."""
-        state = hashlib.blake2b(
-            repr(
-                (
-                    self.engine.seed,
-                    self.rank,
-                    request.lora_request and request.lora_request.lora_name,
-                )
-            ).encode()
-        )
-        digests = bytearray()
-        for token in list(request.all_token_ids)[:end]:
+    def _rows_of(self, request: Request, end: int) -> np.ndarray:
+        """The right KV of the first `end` tokens, uint8 [end, ROW_BYTES]; each layer's is this ^ (layer + 1)."""
+        tokens = list(request.all_token_ids)[:end]
+        known, state, digests = self._digests.get(request.request_id, ([], None, bytearray()))
+        if state is None or known[:end] != tokens[: len(known)]:
+            lora = request.lora_request and request.lora_request.lora_name
+            state = hashlib.blake2b(repr((self.engine.seed, self.rank, lora)).encode())
+            known, digests = [], bytearray()
+        for token in tokens[len(known) :]:
             state.update(token.to_bytes(4, "little"))
             digests += state.digest()
-        rows = torch.frombuffer(digests, dtype=torch.uint8).view(-1, ROW_BYTES)
-        return [rows ^ (layer + 1) for layer in range(self.engine.layers)]
+        longer = max(known, tokens, key=len)
+        self._digests[request.request_id] = (longer, state, digests)
+        return np.frombuffer(bytes(digests[: end * ROW_BYTES]), np.uint8).reshape(-1, ROW_BYTES)
 
     def stop(self) -> None:
         if self.connector is not None:

@@ -10,6 +10,7 @@ bucket, does all that is rare, and what they cannot do they hand to it.
 """
 
 import asyncio
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -26,6 +27,7 @@ from aiobotocore.session import AioSession  # type: ignore[import-untyped]
 from botocore import exceptions as boto
 from botocore.handlers import add_expect_header  # type: ignore[import-untyped]
 from botocore.httpsession import get_cert_path  # type: ignore[import-untyped]
+from botocore.loaders import Loader, create_loader  # type: ignore[import-untyped]
 from botocore.utils import get_environ_proxies  # type: ignore[import-untyped]
 
 from objectcache.config import Options
@@ -419,6 +421,7 @@ class S3Store(Store):
     async def _make_client(self) -> Any:
         options = self._options
         session = AioSession(profile=options.profile or None)
+        session.register_component("data_loader", _models(session.get_config_variable("data_path")))
         self._chain = None if options.anonymous else await session.get_credentials()
         if not options.anonymous and self._chain is None:
             # A client made now would stay without credentials for ever; a role may come later.
@@ -452,3 +455,9 @@ class S3Store(Store):
         # It would ask before each body that reads like a file, and wait for servers that never answer.
         client.meta.events.unregister("before-call.s3", add_expect_header)
         return client
+
+
+@functools.cache
+def _models(data_path: str | None) -> Loader:
+    """botocore's description of S3, read once for all stores of this process: it is megabytes of JSON."""
+    return create_loader(data_path)
