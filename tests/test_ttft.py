@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -376,20 +375,17 @@ RuntimeError: Engine core initialization failed. See root cause above."""
 # ---- the whole, with real engines
 
 
-@pytest.fixture(scope="module", name="lines")
-def lines_fixture(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+@pytest.fixture(name="folder", scope="module")
+def folder_fixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the results and traces of a whole run."""
     folder = tmp_path_factory.mktemp("results")
     smoke(folder, "--rounds", "2", "--trace", str(folder / "traces"))
-    yield read(folder / "ttft-smoke.jsonl")
+    return folder
 
 
-@pytest.fixture(name="traces")
-def traces_fixture(
-    lines: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, Any]]:
-    (path,) = tmp_path_factory.getbasetemp().glob("results*/traces/*-reads.jsonl")
-    with path.open() as file:
-        return records(file)
+@pytest.fixture(name="lines")
+def lines_fixture(folder: Path) -> list[dict[str, Any]]:
+    return read(folder / "ttft-smoke.jsonl")
 
 
 def smoke(folder: Path, *options: str) -> str:
@@ -422,9 +418,10 @@ def test_real_engines_are_measured_in_every_system(lines: list[dict[str, Any]]) 
     assert found["objectcache", "seaweedfs"]["metrics"]["read_bytes"] >= 3 * 256 * 2048
 
 
-def test_real_engines_leave_their_traces(
-    lines: list[dict[str, Any]], traces: list[dict[str, Any]]
-) -> None:
+def test_real_engines_leave_their_traces(folder: Path) -> None:
+    (path,) = (folder / "traces").glob("*-reads.jsonl")
+    with path.open() as file:
+        traces = records(file)
     loaded = [about["loaded"] for record in traces for _, about in of(record, "admitted")]
     assert loaded.count(768) == 4  # two rounds of objectcache and local
     for record in traces:
