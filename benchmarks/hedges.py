@@ -2,6 +2,7 @@
 
     python -m benchmarks.hedges                   28 chunks at a time, 200 times for each share; adds to benchmarks/results/
     python -m benchmarks.hedges --percent 0,5 --paths direct,obstore,aiobotocore --slice-kib 16 --rounds 400
+    python -m benchmarks.hedges --calculate       what the same decisions give if nothing but the store takes time
 
 Shares of requests that may have a second one take turns, each with a store of its own, so that whatever
 else the machine does hits all of them. Times are from the first request to the moment at which all
@@ -10,6 +11,7 @@ chunks have the layer, verified.
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import statistics
@@ -22,8 +24,10 @@ from pathlib import Path
 from benchmarks import results
 from benchmarks.chunks import Chunks
 from benchmarks.lab import Lab, Scale
+from benchmarks.s3_like import FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, sigma
 from objectcache.config import parse
 from objectcache.format import Verifier
+from objectcache.hedge import Hedging
 from objectcache.stores import open_store
 from objectcache.stores.base import Store, StoreCounters
 from objectcache.stores.s3 import S3Store
@@ -100,6 +104,39 @@ async def measured(
     return found
 
 
+def calculated(chunks: int, percent: int, rounds: int) -> dict[str, float]:
+    """Waves of first bytes by the law of the S3-like server, and the package's own decisions."""
+    chance, hedging = random.Random(1), Hedging(percent)
+    deviation = sigma(FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS)
+
+    def first_byte_s() -> float:
+        return FIRST_BYTE_P50_MS / 1e3 * math.exp(deviation * chance.gauss(0.0, 1.0))
+
+    latest_s, again, won = [], 0, 0
+    for number in range(rounds + LEARNING_ROUNDS * 4):
+        counts = number >= LEARNING_ROUNDS * 4
+        wave = [(hedging.began(), first_byte_s()) for _ in range(chunks)]
+        took_s = []
+        for late_s, first_s in wave:
+            came_s = first_s
+            if late_s is not None:
+                hedging.looked(first_s > late_s)
+                if first_s > late_s and hedging.may_ask():
+                    came_s = min(first_s, late_s + first_byte_s())
+                    again += counts
+                    won += counts and came_s < first_s
+            hedging.came(came_s)
+            took_s.append(came_s)
+        if counts:
+            latest_s.append(max(took_s))
+    return {
+        **{f"first_bytes_{name}_ms": value * 1e3 for name, value in spread(latest_s).items()},
+        "extra_requests_percent": 100 * again / (rounds * chunks),
+        "hedges_won_percent": 100 * won / max(1, again),
+        "rounds": rounds,
+    }
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     cuts = statistics.quantiles(values, n=100, method="inclusive")
     return {"mean": statistics.fmean(values), "p50": cuts[49], "p95": cuts[94], "p99": cuts[98]}
@@ -115,6 +152,14 @@ def run(args: argparse.Namespace) -> int:
     path = args.out or results.FOLDER / f"hedge-{about['machine']}.jsonl"
     lines = results.Lines(path)
     percents = [int(percent) for percent in args.percent.split(",")]
+    if args.calculate:
+        for percent in percents:
+            metrics = results.rounded(calculated(args.chunks, percent, args.rounds))
+            case = {"chunks": args.chunks, "hedge_percent": percent}
+            lines.put(about | {"system": "calculated", "case": case, "metrics": metrics})
+            print(case, metrics, file=sys.stderr, flush=True)
+        print(path)
+        return 0
     scale = Scale(
         args.chunks, args.chunks, len(os.sched_getaffinity(0)), slice_bytes=args.slice_kib << 10
     )
@@ -149,6 +194,7 @@ def main() -> int:
     add("--chunks", type=int, default=28)
     add("--slice-kib", type=int, default=64, help="a chunk has 32 slices")
     add("--rounds", type=int, default=200)
+    add("--calculate", action="store_true", help="measure nothing")
     add("--machine", default="", help="its name in the results")
     add("--out", type=Path, help="another file for the results")
     return run(parser.parse_args())

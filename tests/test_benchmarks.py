@@ -18,6 +18,7 @@ from smoke_runs import smoke_run
 
 from benchmarks.clients import Endpoint, ObjectCacheAiobotocore
 from benchmarks.command import clean
+from benchmarks.hedges import calculated
 from benchmarks.lab import MIB, Lab, ReaderProcess, Scale
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
 from benchmarks.results import Lines, latest, read
@@ -234,3 +235,32 @@ def test_the_s3_like_server_keeps_its_rate_and_its_limit(tmp_path: Path) -> None
                 client.get_object(Bucket="bucket", Key="key", Range="bytes=0-0")["Body"].read()
         assert server.counts().throttled == 1
         assert server.counts().requests >= 5
+
+
+def test_second_requests_are_measured_beside_none(tmp_path: Path) -> None:
+    """Enough reads to know the store by, and each line says what it cost."""
+    out = tmp_path / "hedges.jsonl"
+    options = ["--percent", "0,20", "--chunks", "8", "--slice-kib", "4", "--rounds", "12"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.hedges", *options, "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = {line["case"]["hedge_percent"]: line["metrics"] for line in read(out)}
+    assert set(lines) == {0, 20}
+    assert lines[0]["extra_requests_percent"] == 0 and lines[0]["requests_per_chunk"] == 1
+    assert 0 < lines[20]["extra_requests_percent"] <= 100 * (32 + 8 * 12 * 0.2) / (8 * 12)
+    for metrics in lines.values():
+        assert 0 < metrics["layer0_p50_ms"] <= metrics["last_layer_p95_ms"]
+
+
+def test_what_second_requests_give_by_calculation() -> None:
+    alone, hedged = (calculated(28, percent, 300) for percent in (0, 5))
+    # Of 28 of that law the latest takes 91 ms in the median.
+    assert alone["first_bytes_p50_ms"] == pytest.approx(91, rel=0.1)
+    assert hedged["first_bytes_p95_ms"] < 0.9 * alone["first_bytes_p95_ms"]
+    assert 0 < hedged["extra_requests_percent"] <= 5.5
