@@ -28,12 +28,13 @@ from objectcache.compute import ComputeModel, Costs, Work
 from objectcache.flow import StoreModel
 from objectcache.wire import Wire
 
-PASS_S, TOKEN_S = 0.24, 2e-4
+PASS_S, TOKEN_S = 24.0, 2e-2  # so long that no busy machine changes a choice
 PROMPT = prompt(400)  # 6 chunks
 OBJECT = 16 << 10  # about
-NONE, ALL = Wire(StoreModel(9.0, 9.5, 1e6), 32), Wire(StoreModel(1e-3, 2e-3, 1e9), 32)
-# 50 ms for each chunk: with passes of 160 tokens the first 4 are loaded, and the rest is one pass.
-SPLIT = Wire(StoreModel(1e-3, 2e-3, 1e9, 20 * OBJECT), 32)
+PATIENT = {"lookup_timeout_ms": 30_000, "stage_timeout_ms": 60_000}
+NONE, ALL = Wire(StoreModel(900.0, 950.0, 1e6), 32), Wire(StoreModel(1e-3, 2e-3, 1e9), 32)
+# 5 s for each chunk: with passes of 160 tokens the first 4 are loaded, and the rest is one pass.
+SPLIT = Wire(StoreModel(1e-3, 2e-3, 1e9, OBJECT / 5), 32)
 
 
 class Passes(ComputeModel):
@@ -59,9 +60,8 @@ def know(one: ToyEngine, wire: Wire | None, token_s: float = TOKEN_S) -> ToyEngi
 @pytest.fixture(name="sooner")
 def sooner_fixture(engine: Engines) -> Callable[..., ToyEngine]:
     def make(wire: Wire | None, extra: dict[str, Any] | None = None, **more: Any) -> ToyEngine:
-        return know(
-            engine({"load": "sooner"} | (extra or {}), max_batched_tokens=160, **more), wire
-        )
+        options = PATIENT | {"load": "sooner"} | (extra or {})
+        return know(engine(options, max_batched_tokens=160, **more), wire)
 
     return make
 
@@ -173,7 +173,10 @@ def test_a_deadline_comes_with_the_request_and_nonsense_is_ignored_with_one_warn
 # ---- whose load begins
 
 SHAPE: dict[str, Any] = {"layers": 24, "failure_policy": "fail"}
-FULL = {"ring_bytes": "1MiB", "save": False}  # with 24 layers an object is 100 KiB: 8 for loads
+FULL = PATIENT | {
+    "ring_bytes": "1MiB",
+    "save": False,
+}  # with 24 layers an object is 100 KiB: 8 for loads
 
 
 def warm(engine: Engines, *prompts: list[int]) -> list[list[int]]:
@@ -216,7 +219,7 @@ def test_of_a_burst_only_what_fits_begins_the_smallest_first(engine: Engines, lo
     one = engine(FULL | {"load": load}, blocks=512, **SHAPE)
     assert one.workers[0].connector._worker.stage_chunks == 8
     if load == "sooner":
-        know(one, ALL, token_s=1.0)
+        know(one, ALL, token_s=100.0)
     names = [one.add(p) for p in prompts]
     looked_up(one)
     order = begun(one, names)
@@ -229,7 +232,7 @@ def test_of_a_burst_only_what_fits_begins_the_smallest_first(engine: Engines, lo
 def test_no_more_begin_than_there_are_blocks_for(engine: Engines) -> None:
     prompts = [prompt(2 * CHUNK + 1, seed=n) for n in range(8)]
     want = warm_and_want(engine, *prompts)
-    one = engine({"save": False}, blocks=24)
+    one = engine(PATIENT | {"save": False}, blocks=24)
     names = [one.add(p, max_tokens=4) for p in prompts]
     most = 0
     while one.step():

@@ -23,7 +23,7 @@ from objectcache.wire import Wire
 CHUNK, LAYERS = 64, 24
 PROMPT = prompt(400)  # 6 chunks of 100 KiB
 FAST = Wire(StoreModel(1e-3, 2e-3, 1e9), 32)
-SLOW = Fault(bytes_per_s=20_000)  # a chunk in 5 s
+SLOW = Fault(bytes_per_s=8_000)  # a chunk in 13 s
 SHAPE = ("blocks", "layers", "prefix_caching", "failure_policy")
 Engines = Callable[..., ToyEngine]
 
@@ -50,6 +50,7 @@ def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
             **{"url": "s3://kvcache/slow", "endpoint_url": proxy.url, "chunk_tokens": CHUNK},
             # The library path tells of layers as they come, however small they are.
             **{"ring_bytes": "16MiB", "transport": "aiobotocore", "load": "sooner"},
+            **{"lookup_timeout_ms": 30_000},
         }
         made.append(ToyEngine(model, extra | more, **{"layers": LAYERS} | shape))
         return made[-1]
@@ -104,7 +105,7 @@ def test_a_load_that_is_slow_is_given_up_and_the_prompt_is_computed(
     proxy.fault = gets(SLOW)
     began = time.monotonic()
     assert ask(one, want) == 0
-    assert time.monotonic() - began < 4.5, "it waited for the store"
+    assert time.monotonic() - began < 9, "it waited for the store"
     assert one.totals["given_up_prompts"] == 1
     one.settle()
     assert one.stats.get("put_requests", 0) == 0, "what the store has is not saved again"
@@ -170,10 +171,10 @@ def test_a_preempted_request_finds_what_was_written_after_it_was_asked_for(
 ) -> None:
     """Its first answer is that there is nothing, as its chunks are still on their way out; vLLM has no
     blocks for it until the other one has ended."""
-    proxy.fault = lambda request: Fault(delay_s=3.0) if request.method == "PUT" else None
+    proxy.fault = lambda request: Fault(delay_s=4.0) if request.method == "PUT" else None
     prompts = [prompt(150, seed=s) for s in (31, 32)]
-    one = engine(blocks=30, layers=3, prefix_caching=False, load="always")
-    names = [one.add(p, max_tokens=200) for p in prompts]
+    one = engine(blocks=22, layers=3, prefix_caching=False, load="always")
+    names = [one.add(p, max_tokens=170) for p in prompts]
     half = one.connector._scheduler
     low = one.scheduler.requests[names[1]]
     while not low.num_preemptions:
