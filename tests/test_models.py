@@ -1,8 +1,11 @@
 """Other kinds of attention on real engines: MLA is cached, what cannot be is left alone with one clear warning."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks.engine import run_engines
 from benchmarks.tiny_model import prompt_tokens, write_model
@@ -71,23 +74,60 @@ def write_mla_model(folder: Path) -> Path:
     return folder
 
 
-def test_mla(tmp_path: Path) -> None:
+def write_sliding_model(folder: Path) -> Path:
+    model = write_model(folder)
+    config = json.loads((model / "config.json").read_text())
+    config |= {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": 512,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@dataclass
+class Lives:
+    """What the engines of both models said, in one process: importing vLLM takes longest."""
+
+    mla: list[dict[str, Any]]
+    sliding: list[dict[str, Any]]
+    mla_said: list[str]  # that objectcache stays out
+    sliding_said: list[str]
+    sliding_store: Path
+
+
+@pytest.fixture(scope="module", name="lives")
+def lives_fixture(tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    folder = tmp_path_factory.mktemp("models")
+    mla = {"model": str(write_mla_model(folder / "mla")), "dtype": "bfloat16"}
+    mla_on = mla | {"kv_transfer_config": transfer(folder / "of-mla")}
+    sliding = {"model": str(write_sliding_model(folder / "sliding"))}
+    sliding_on = sliding | {"kv_transfer_config": transfer(folder / "of-sliding")}
+    without_pages = [ask(PROMPT, pages=False), *FLUSH]
+    log = folder / "engine.log"
+
+    reports = run_engines(
+        [
+            {"kwargs": mla, "steps": [ask(PROMPT), ask(PROMPT), *FLUSH]},
+            {"kwargs": mla_on, "steps": [ask(PROMPT), *FLUSH]},
+            {"kwargs": mla_on, "steps": [ask(PROMPT), *FLUSH]},
+            {"kwargs": sliding, "steps": without_pages},
+            {"kwargs": sliding_on, "steps": without_pages},
+        ],
+        log=log,
+    )
+    lines = [line for line in log.read_text().splitlines() if "objectcache stays out" in line]
+    return Lives(reports[:3], reports[3:], lines[:-1], lines[-1:], folder / "of-sliding" / "store")
+
+
+def test_mla(lives: Lives) -> None:
     """vLLM's MLA kernels for the CPU take no float32, so tokens are compared at the same split: with
     a hit of as many tokens in the engine's own memory. Its kernel for CPUs without AMX does not read
     a prefix at all: there it is left alone."""
     import torch
 
-    kwargs = {"model": str(write_mla_model(tmp_path / "model")), "dtype": "bfloat16"}
-    on = kwargs | {"kv_transfer_config": transfer(tmp_path)}
-    log = tmp_path / "engine.log"
-    off, cold, warm = run_engines(
-        [
-            {"kwargs": kwargs, "steps": [ask(PROMPT), ask(PROMPT), *FLUSH]},
-            {"kwargs": on, "steps": [ask(PROMPT), *FLUSH]},
-            {"kwargs": on, "steps": [ask(PROMPT), *FLUSH]},
-        ],
-        log=log,
-    )
+    off, cold, warm = lives.mla
     here, computed, loaded = (
         answer(off["steps"][1]),
         answer(cold["steps"][0]),
@@ -100,32 +140,13 @@ def test_mla(tmp_path: Path) -> None:
     assert len(computed["pages"]) == 3
     for layer, pages in computed["pages"].items():
         assert loaded["pages"][layer][:10] == pages[:10]
-    lines = [line for line in log.read_text().splitlines() if "objectcache stays out" in line]
-    assert len(lines) == (0 if hit else 2)
-    assert all("does not read a prefix" in line for line in lines)
+    assert len(lives.mla_said) == (0 if hit else 2)
+    assert all("does not read a prefix" in line for line in lives.mla_said)
 
 
-def test_sliding_window_is_left_alone(tmp_path: Path) -> None:
-    model = write_model(tmp_path / "model")
-    config = json.loads((model / "config.json").read_text())
-    config |= {
-        "model_type": "mistral",
-        "architectures": ["MistralForCausalLM"],
-        "sliding_window": 512,
-    }
-    (model / "config.json").write_text(json.dumps(config))
-    log = tmp_path / "engine.log"
-    off, on = run_engines(
-        [
-            {"kwargs": {"model": str(model)}, "steps": [ask(PROMPT, pages=False), *FLUSH]},
-            {
-                "kwargs": {"model": str(model), "kv_transfer_config": transfer(tmp_path)},
-                "steps": [ask(PROMPT, pages=False), *FLUSH],
-            },
-        ],
-        log=log,
-    )
+def test_sliding_window_is_left_alone(lives: Lives) -> None:
+    off, on = lives.sliding
     assert answer(on["steps"][0])["token_ids"] == answer(off["steps"][0])["token_ids"]
-    assert not (tmp_path / "store").exists()
-    lines = [line for line in log.read_text().splitlines() if "objectcache stays out" in line]
-    assert len(lines) == 1 and "SlidingWindowSpec" in lines[0]
+    assert not lives.sliding_store.exists()
+    (line,) = lives.sliding_said
+    assert "SlidingWindowSpec" in line
