@@ -15,6 +15,8 @@ is promised as an asynchronous load: vLLM parks the request, and may be told tha
 import enum
 from dataclasses import dataclass, field
 
+# Computed sooner than asked for: on an H100, 8B, 4K tokens took 105 ms; a HEAD to S3 takes about 27.
+ASKED_TOKENS = 1024
 STAGE_GRACE_S = 1.0  # the worker ends staging by itself; this covers a worker that does not answer
 
 
@@ -130,13 +132,19 @@ class Admission:
     def wanted(self, local_tokens: int) -> int:
         """Chunks after these tokens that would be fetched now."""
         end = min(self._found * self.chunk_tokens, self.loadable_tokens)
-        if self.phase is not Phase.FOUND or end <= local_tokens:
+        if not self.may_fetch or end <= local_tokens:
             return 0
         return -(-end // self.chunk_tokens) - local_tokens // self.chunk_tokens
 
     def overdue(self, now: float) -> bool:
         """Whether it has waited long enough for another that brings the same chunk."""
         return self._deadline != 0.0 and now >= self._deadline
+
+    @property
+    def may_fetch(self) -> bool:
+        """Whether it is known what there is, and nothing of it is under way. What was offered as a stream
+        may be staged after all, if vLLM has more of it itself meanwhile."""
+        return self.phase in (Phase.FOUND, Phase.OFFERED)
 
     @property
     def staging(self) -> bool:
@@ -150,7 +158,7 @@ class Admission:
         """
         if self.phase is Phase.LOOKUP:
             return self._over(timed_out=True) if now >= self.lookup_deadline else WAIT
-        if self.phase in (Phase.FOUND, Phase.OFFERED):
+        if self.may_fetch:
             return self._ask_found(local_tokens, now, may_stage)
         if self.phase is Phase.STAGING:
             late = now >= self._deadline + STAGE_GRACE_S
@@ -239,6 +247,13 @@ class Admission:
         self.phase = Phase.OVER
         self.timed_out = timed_out
         return Answer(0, release=release)
+
+
+def asks(known_chunks: int, chunk_tokens: int, loadable_tokens: int) -> bool:
+    """Whether to wait until the store has said what more of a prefix exists, whose first chunks are known
+    to. What is so little that it is computed meanwhile is not worth it: most such ends are new."""
+    left = loadable_tokens - known_chunks * chunk_tokens
+    return left > 0 and (known_chunks == 0 or left > ASKED_TOKENS)
 
 
 def loadable(prompt_tokens: int, block_tokens: int) -> int:

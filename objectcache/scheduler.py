@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from objectcache import keys
-from objectcache.admission import Admission, Load, Phase, Stream, loadable
+from objectcache.admission import Admission, Load, Phase, Stream, asks, loadable
 from objectcache.breaker import Breaker
 from objectcache.choosing import Choosing, deadline_s_of
 from objectcache.config import Options
@@ -161,7 +161,7 @@ class SchedulerHalf:
         if admission is None:
             return 0, False
         tracked.local_tokens = local_tokens
-        if admission.phase is Phase.FOUND and not self.loading.begins(tracked, admission, now):
+        if admission.may_fetch and not self.loading.begins(tracked, admission, now):
             return None, False
         if admission.staging:
             self.loading.watch(tracked, admission, now)
@@ -308,8 +308,9 @@ class SchedulerHalf:
             self._options.stage_timeout_ms / 1000,
             self._stage_chunks,
         )
-        if known == chunks:
+        if not asks(known, self._options.chunk_tokens, claimable):
             self._found(tracked, known)
+        if known == chunks:
             return
         self._next_ticket += 1
         self._lookups[self._next_ticket] = (tracked, known)
@@ -329,13 +330,13 @@ class SchedulerHalf:
             self._reporter.warn("look up chunks", result.error)
         else:
             self._breaker.succeeded()
-        if tracked.admission is None or tracked.admission.phase is not Phase.LOOKUP:
+        if self._requests.get(tracked.request.request_id) is not tracked:
             return
-        hashes = tracked.chain.hashes
         chunks = known + result.chunks
-        for chunk_hash in hashes[:chunks]:
+        for chunk_hash in tracked.chain.hashes[:chunks]:
             self._known.add(chunk_hash, now)
-        self._found(tracked, chunks)
+        if tracked.admission is not None and tracked.admission.phase is Phase.LOOKUP:
+            self._found(tracked, chunks)
 
     def _found(self, tracked: Tracked, chunks: int) -> None:
         assert tracked.admission is not None

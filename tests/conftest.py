@@ -4,6 +4,7 @@ import gc
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 
 from benchmarks.servers import SeaweedFS, seaweedfs
@@ -11,6 +12,10 @@ from benchmarks.servers import SeaweedFS, seaweedfs
 # With awscrt beside it botocore signs in another way. Most users have none; test_s3_crt.py is for
 # those who do.
 os.environ.setdefault("BOTO_DISABLE_CRT", "true")
+
+# On a machine that does other things at the same time an example may take any time.
+hypothesis.settings.register_profile("any time", deadline=None)
+hypothesis.settings.load_profile("any time")
 
 
 def pytest_collection_finish() -> None:

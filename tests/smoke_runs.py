@@ -8,8 +8,13 @@ from benchmarks.results import ROOT
 
 def smoke_run(benchmark: str, *options: str, limit_s: float) -> str:
     """What it told, of which nothing may be a failure."""
+    return run(benchmark, "--smoke", *options, limit_s=limit_s)
+
+
+def run(benchmark: str, *options: str, limit_s: float) -> str:
+    """The same with sizes of the caller's."""
     done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{benchmark}", "--smoke", *options],
+        [sys.executable, "-m", f"benchmarks.{benchmark}", *options],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -14,7 +14,7 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from smoke_runs import smoke_run
+from smoke_runs import run, smoke_run
 
 from benchmarks.clients import Endpoint, ObjectCacheAiobotocore
 from benchmarks.command import clean
@@ -241,15 +241,7 @@ def test_second_requests_are_measured_beside_none(tmp_path: Path) -> None:
     """Enough reads to know the store by, and each line says what it cost."""
     out = tmp_path / "hedges.jsonl"
     options = ["--percent", "0,20", "--chunks", "8", "--slice-kib", "4", "--rounds", "12"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.hedges", *options, "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run("hedges", *options, "--out", str(out), limit_s=120)
     lines = {line["case"]["hedge_percent"]: line["metrics"] for line in read(out)}
     assert set(lines) == {0, 20}
     assert lines[0]["extra_requests_percent"] == 0 and lines[0]["requests_per_chunk"] == 1

@@ -191,6 +191,29 @@ def test_lookups_that_fail(
     assert_one_warning_each(warnings)
 
 
+@pytest.mark.parametrize("tail", [100, 1200])
+@pytest.mark.usefixtures("warm")
+def test_a_short_new_end_does_not_wait_for_a_slow_lookup(
+    engine: Callable[..., ToyEngine], proxy: FaultProxy, tail: int
+) -> None:
+    """The chunks before it are known to be there. A long end may be in the bucket: that is asked first."""
+    one = engine(lookup_timeout_ms=5000, read_timeout_ms=5000)
+    one.generate(PROMPT)  # now it knows them
+    one.settle()
+    one.forget()
+    heads = proxy.count("HEAD")
+    proxy.fault = only("HEAD", Fault(delay_s=2.0))
+    name = one.add(PROMPT[: 12 * CHUNK] + prompt(tail, seed=tail), max_tokens=1)
+    began = time.monotonic()
+    while name not in one.cached:
+        one.step()
+    waited_s = time.monotonic() - began
+    assert one.cached[name] == 12 * CHUNK
+    assert (waited_s >= 1.9) == (tail == 1200)
+    assert proxy.count("HEAD") > heads, "what the bucket has is learned all the same"
+    one.run()
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_saves_that_fail(
     name: str,
