@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from objectcache.admission import (
-    ASKED_TOKENS,
     NOTHING,
     STAGE_GRACE_S,
     WAIT,
@@ -16,7 +15,6 @@ from objectcache.admission import (
     Phase,
     Stage,
     Stream,
-    asks,
     loadable,
 )
 
@@ -27,17 +25,6 @@ def admission(
     loadable_tokens: int = 64, stage_chunks: int | None = None, chunk: int = 16, block: int = 4
 ) -> Admission:
     return Admission(chunk, block, loadable_tokens, LOOKUP_S, STAGE_S, stage_chunks)
-
-
-# ---- what is asked for
-
-
-def test_a_short_end_behind_known_chunks_is_not_asked_for() -> None:
-    chunk = 256
-    assert not asks(4, chunk, 4 * chunk)  # all is known
-    assert not asks(4, chunk, 4 * chunk + ASKED_TOKENS)
-    assert asks(4, chunk, 4 * chunk + ASKED_TOKENS + 16)
-    assert asks(0, chunk, 16)  # nothing is known: it may all be there
 
 
 # ---- how much may be claimed

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from fakes import ScriptedStore, eventually, loop_thread
 
+from objectcache.admission import ASKED_TOKENS, asks
 from objectcache.errors import Denied, ObjectCacheError, Unavailable
 from objectcache.lookup import Lookup, LookupResult
 
@@ -150,3 +151,14 @@ def test_after_the_end_nothing_is_asked() -> None:
         rig = Rig(loop)
     rig.ask(1, 3)
     assert rig.lookup.poll() == [] and rig.store.calls == []
+
+
+# ---- what is asked for
+
+
+def test_a_short_end_behind_known_chunks_is_not_asked_for() -> None:
+    chunk = 256
+    assert not asks(4, chunk, 4 * chunk)  # all is known
+    assert not asks(4, chunk, 4 * chunk + ASKED_TOKENS)
+    assert asks(4, chunk, 4 * chunk + ASKED_TOKENS + 16)
+    assert asks(0, chunk, 16)  # nothing is known: it may all be there
