@@ -44,7 +44,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,14 @@ from benchmarks.ttft_systems import (
 )
 
 PASSES = ("cold", "again")
+LOAD = {
+    **{"prefixes": 16, "prefix_tokens": 8192, "suffix_tokens": 256, "output_tokens": 64},
+    **{"prompts": 128, "in_flight": 0},
+}
+SMOKE_LOAD = {
+    **{"prefixes": 3, "prefix_tokens": 512, "suffix_tokens": 64, "output_tokens": 8},
+    **{"prompts": 6, "in_flight": 1},
+}
 START_LIMIT_S, LEAST_S = 300.0, 20.0
 WARM_UPS = (Case(600, 1.0), Case(4352, 1.0), Case(4352, 1.0))
 SMOKE_WARM_UPS = (Case(600, 1.0),)
@@ -170,7 +178,10 @@ class Run:
         about: Mapping[str, str],
         folder: Path,
         until: float,
+        serve: Callable[..., Served] = Served,
+        settle_s: float = SETTLE_S,
     ) -> None:
+        self._serve, self._settle_s = serve, settle_s
         self._setup, self._load, self._lines, self._about = setup, load, lines, dict(about)
         self._folder, self._until = folder, until
         self._log = args.keep_log or folder / "server.log"
@@ -219,7 +230,7 @@ class Run:
     def _start(self, name: str, kwargs: Mapping[str, Any], env: Mapping[str, str]) -> Served:
         began = time.monotonic()
         say(f"starting a server: {name}")
-        served = Served(kwargs, env, self._log, min(START_LIMIT_S, self._left_s))
+        served = self._serve(kwargs, env, self._log, min(START_LIMIT_S, self._left_s))
         say(f"ready after {time.monotonic() - began:.0f} s")
         return served
 
@@ -244,7 +255,7 @@ class Run:
         seen, still_since = self._flushed(served), time.monotonic()
         while time.monotonic() < until:
             now = time.monotonic()
-            if now - still_since >= SETTLE_S and seen.get(saved, 0.0) >= due_chunks:
+            if now - still_since >= self._settle_s and seen.get(saved, 0.0) >= due_chunks:
                 return seen
             time.sleep(_PAUSE_S)
             last, seen = seen.get(saved), self._flushed(served)
@@ -336,11 +347,14 @@ def measure(args: argparse.Namespace) -> int:
 
 def load_of(args: argparse.Namespace) -> Load:
     """A smoke run has its own sizes where none were given."""
-    sizes = (3, 512, 64, 8, 6, 1) if args.smoke else (16, 8192, 256, 64, 128, 0)
-    asked = (args.prefixes, args.prefix_tokens, args.suffix_tokens, args.output_tokens)
-    asked += (args.prompts, args.in_flight)
-    found = [size if one is None else one for one, size in zip(asked, sizes, strict=True)]
-    return Load(*found[:5], rate=args.request_rate, in_flight=found[5])
+    sizes = SMOKE_LOAD if args.smoke else LOAD
+    asked = {
+        **{"prefixes": args.prefixes, "prefix_tokens": args.prefix_tokens},
+        **{"suffix_tokens": args.suffix_tokens, "output_tokens": args.output_tokens},
+        **{"prompts": args.prompts, "in_flight": args.in_flight},
+    }
+    given = {name: one for name, one in asked.items() if one is not None}
+    return Load(rate=args.request_rate, **{**sizes, **given})
 
 
 def _systems(args: argparse.Namespace) -> list[str]:
