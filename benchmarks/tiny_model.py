@@ -51,7 +51,7 @@ def write_model(folder: Path, shape: ModelShape | None = None, seed: int = 0) ->
     save_file(_weights(shape, seed), folder / "model.safetensors", metadata={"format": "pt"})
     _write_json(folder / "config.json", _config(shape))
     _write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS})
-    _write_tokenizer(folder, shape)
+    write_tokenizer(folder, shape)
     return folder
 
 
@@ -126,7 +126,8 @@ def _config(shape: ModelShape) -> dict[str, object]:
     }
 
 
-def _write_tokenizer(folder: Path, shape: ModelShape) -> None:
+def write_tokenizer(folder: Path, shape: ModelShape) -> None:
+    """Only the files of a tokenizer, with a word for each token id below `shape.vocab`."""
     words = {_word(token): token for token in range(shape.vocab)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
