@@ -1,15 +1,14 @@
 """Whose waiting request goes next: reads of one job stand in line together. Not how many may go: see stores/gate.py; nor by which rule: see sharing.py.
 
-Pure. Of jobs that wait the one with the fewest bytes left goes first, but who came PATIENCE_S ago goes
-before all who came later. Within a job requests go in the order in which they came, which is that
+Pure. Of jobs that wait the one with the fewest bytes left goes first, but a request that has waited
+PATIENCE_S goes before all that came later. Within a job requests go in the order in which they came, which is that
 of its plan. What several jobs want goes with the best of them. Requests of no job, uploads among
 them, go last, and not later than others that came as long ago.
 """
 
+import math
 from collections import deque
 from dataclasses import dataclass
-
-from objectcache.sharing import Wanted, line
 
 PATIENCE_S = 2.5  # a quarter of the usual limit for a prefix
 _LAST = 1 << 62
@@ -25,6 +24,7 @@ class Turn:
     def end(self) -> None:
         """It wants nothing any more."""
         self.left_bytes = _LAST
+        self.came_s = math.inf
 
 
 class Turns:
@@ -100,22 +100,25 @@ class Line:
 
     def take(self, now: float) -> int:
         """Whose turn it is; it waits no more. There must be one."""
-        firsts, wanted = [], []
+        best = _first(self._alone)
+        rank = _rank(best.came_s, _LAST, now) if best is not None else None
         for job in list(self._of):
             first = _first(self._of[job])
             if first is None:
                 del self._of[job]
                 continue
-            firsts.append(first)
-            wanted.append(Wanted(job.came_s, job.left_bytes, 0, 0.0))
-        alone = _first(self._alone)
-        if alone is not None:
-            firsts.append(alone)
-            wanted.append(Wanted(alone.came_s, _LAST, 0, 0.0))
-        at = line(wanted, now, PATIENCE_S)[0] if len(wanted) > 1 else 0
-        number = firsts[at].number
-        self.remove(number)
-        return number
+            # A stream asks for more as long as it lives: its age alone gives it no right.
+            its = _rank(max(job.came_s, first.came_s), job.left_bytes, now)
+            if rank is None or its < rank:
+                best, rank = first, its
+        assert best is not None
+        self.remove(best.number)
+        return best.number
+
+
+def _rank(came_s: float, left_bytes: int, now: float) -> tuple[int, float]:
+    """The least goes first. As sharing.line says, for as many jobs as there are chunks."""
+    return (0, came_s) if now - came_s >= PATIENCE_S else (1, left_bytes)
 
 
 def _first(waiting: deque[_Waiting]) -> _Waiting | None:

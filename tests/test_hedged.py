@@ -1,7 +1,9 @@
 """Two requests for the same bytes: when the second is sent, which counts, and that both have ended when the call has. Through real servers: test_s3_hedges.py."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from objectcache.errors import NotFound, Unavailable
 from objectcache.stores.attempts import Failed
 from objectcache.stores.base import StoreCounters
+from objectcache.stores.fill import Fill
 from objectcache.stores.gate import Gate
 from objectcache.stores.hedged import Hedged, Leg, Lost
 from objectcache.stores.s3_errors import Verdict
@@ -376,3 +379,45 @@ def test_a_body_that_moves_has_not_stalled() -> None:
         assert len(scene.sent) == 1
 
     run(scenario)
+
+
+def test_a_process_that_slept_takes_no_body_for_stalled() -> None:
+    async def scenario() -> None:
+        scene, first = Scene(flow_s=0.001), Request(0)
+        reading = scene.read(first)
+        await scene.until_sent(1)
+        first.answer.set()
+        await asyncio.sleep(1.1)  # one look at the body
+        time.sleep(2.0)  # nobody runs
+        await asyncio.sleep(0.05)  # the next look, late
+        first.body.have += 1
+        first.finish.set()
+        assert await reading == 0
+        assert len(scene.sent) == 1
+
+    run(scenario)
+
+
+def test_second_requests_leave_lookups_their_slots() -> None:
+    async def scenario() -> None:
+        gate = Scene(most=16).gate  # two are kept
+        async with AsyncExitStack() as held:
+            for _ in range(13):
+                await held.enter_async_context(gate.slot(bulk=True))
+            assert gate.second() and not gate.second()
+            for _ in range(2):
+                await asyncio.wait_for(held.enter_async_context(gate.slot()), 1)
+            gate.second_ended()
+
+    run(scenario)
+
+
+def test_what_came_while_a_request_was_ended_is_not_asked_for_again() -> None:
+    memory = memoryview(bytearray(100))
+    fill = Fill(memory, 0, None)
+    assert not fill.complete
+    fill.have = 99
+    assert not fill.complete and fill.range_header() == "bytes=99-99"
+    fill.have = 100
+    assert fill.complete
+    assert not Fill(memoryview(b""), None, None).complete  # that it is empty is still to be seen

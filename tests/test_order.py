@@ -1,5 +1,6 @@
 """Whose request goes next, against a model that looks at all that wait; and what that gives a short job beside a long one."""
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class Waiting(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         job = data.draw(st.sampled_from(self.jobs))
         job.turn.end()
-        job.left_bytes = 1 << 62
+        job.left_bytes, job.came_s = 1 << 62, math.inf
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -132,7 +133,9 @@ class Waiting(RuleBasedStateMachine):
         ranks: dict[int, list[tuple[int, float]]] = {}
         for job in self.jobs:
             if job.order:
-                ranks.setdefault(job.order[0], []).append(self._rank(job.came_s, job.left_bytes))
+                first = job.order[0]
+                came_s = max(job.came_s, self.came_s[first])
+                ranks.setdefault(first, []).append(self._rank(came_s, job.left_bytes))
         alone = [number for number, wish in self.waiting.items() if wish is None]
         if alone:
             ranks.setdefault(alone[0], []).append(self._rank(self.came_s[alone[0]], 1 << 62))
@@ -290,3 +293,28 @@ def test_the_bytes_left_are_those_that_have_not_landed(busy: Busy) -> None:
     assert eventually(lambda: long.left_bytes == LAYOUT.object_bytes)
     last.set()
     busy.let_go(2)
+
+
+def test_a_stream_that_asks_for_more_as_long_as_it_lives_does_not_keep_others_waiting() -> None:
+    """It came long ago, but what it asks for now has just come."""
+    line, stream = Line(), Turn(0.0, 1 << 40)
+    now, number, served = 10.0, 0, []
+    for _ in range(8):
+        line.add(number, now, Turns(stream, 1 << 20))
+        number += 1
+    short = Turn(now, 4 << 20)
+    mine = {number + n for n in range(4)}
+    for _ in mine:
+        line.add(number, now, Turns(short, 1 << 20))
+        number += 1
+    upload = number
+    line.add(upload, now)
+    while upload not in served:
+        taken = line.take(now)
+        served.append(taken)
+        if taken not in mine and taken != upload:
+            number += 1
+            line.add(number, now, Turns(stream, 1 << 20))
+        now += 0.01
+    assert set(served[:4]) == mine
+    assert now - 10.0 <= PATIENCE_S + 0.2, "the upload came when it had waited long enough"

@@ -24,6 +24,11 @@ class Fill:
         self.have = 0
         self.etag = ""  # of the object that the first bytes came from
 
+    @property
+    def complete(self) -> bool:
+        """Whether all has come; that nothing is wanted is not known before an answer."""
+        return 0 < self.have == len(self.into)
+
     def range_header(self) -> str | None:
         """`Range` of the GET for what is missing; None for a whole object."""
         if self.start is None and self.have == 0:

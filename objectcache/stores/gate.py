@@ -29,9 +29,9 @@ class Gate:
 
     def __init__(self, most: int, hedge_percent: int = 0) -> None:
         kept = max(1, most // 8)
-        self._most = most
+        self._most, self._bulk_most = most, max(1, most - kept)
         self._small_least = max(kept, min(most, START))
-        self._flow = Flow(max(1, most - kept))
+        self._flow = Flow(self._bulk_most)
         self.hedging = Hedging(hedge_percent)
         self._seconds = 0  # second requests for what a slot is held for
         self._small, self._bulk = _Kind(), _Kind()
@@ -83,7 +83,10 @@ class Gate:
         """Whether a late request may be sent a second time now. If so: `second_ended` when one of
         the two has ended."""
         room = self._small.held + self._bulk.held + self._seconds < self._most
-        if not room or not self.may_go_on():
+        beside = (
+            self._bulk.held + self._seconds < self._bulk_most
+        )  # not what is kept for small ones
+        if not room or not beside or not self.may_go_on():
             return False
         self._seconds += 1
         return True

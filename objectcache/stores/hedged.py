@@ -17,6 +17,8 @@ from objectcache.stores.gate import Gate
 
 T = TypeVar("T")
 
+OVERSLEPT = 1.5  # times a wait
+
 
 class Lost(Exception):
     """The other request was answered first. Never leaves the data path."""
@@ -44,6 +46,11 @@ class Leg:
         self._number = number
         self._clock = clock
         self._began = began
+
+    @property
+    def lost(self) -> bool:
+        """Whether the other request was answered first."""
+        return self._race.winner not in (None, self._number)
 
     def age_s(self) -> float:
         """Since the first was sent."""
@@ -128,6 +135,7 @@ class _Legs(Generic[T]):
         wait_s: float | None = late_s
         moved = -1
         while True:
+            asked = self._clock()
             done, _ = await asyncio.wait(
                 self._out, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED
             )
@@ -141,7 +149,9 @@ class _Legs(Generic[T]):
             elif not done and (winner := self._race.winner) is not None:
                 body = self._legs[winner].body
                 before, moved = moved, body.have if body is not None else 0
-                if moved == before and self._gate.may_go_on():
+                # If the whole process slept there is no telling who else did.
+                awake = wait_s is not None and self._clock() - asked < OVERSLEPT * wait_s
+                if moved == before and awake and self._gate.may_go_on():
                     raise _Stalled
             wait_s = stalled_s
 
@@ -214,9 +224,10 @@ class _Legs(Generic[T]):
 
     def _learn(self, winner: int | None) -> None:
         hedging = self._gate.hedging
-        if winner == 0:
-            if not self._looked:
-                hedging.looked(False)
-            hedging.came(self._legs[0].answered_s)
-        elif winner == 1:
-            hedging.came(self._legs[1].answered_s)  # or later: then it was given up
+        if winner is None:
+            return
+        if winner == 0 and not self._looked:
+            hedging.looked(False)
+        answered_s = self._legs[winner].answered_s  # the first's, or later: then it was given up
+        if answered_s:
+            hedging.came(answered_s)

@@ -297,6 +297,8 @@ class S3Store(Store):
         await self.hedged.run(_RECEIVE_BYTES, partial(self._receive_once, key, fill, until))
 
     async def _receive_once(self, key: str, fill: Fill, until: float, leg: Leg) -> None:
+        if fill.complete:  # while a request that seemed to have stalled was ended
+            return
         what, had = f"GET {key}", fill.have
         missing = {"Range": fill.range_header(), "IfMatch": fill.if_match_header()}
         params = {name: value for name, value in missing.items() if value is not None}

@@ -265,6 +265,8 @@ class DirectStore(Store):
         until: float,
         leg: Leg,
     ) -> str:
+        if read.fill.complete:  # while a request that seemed to have stalled was ended
+            return ""
         request, answer = endpoint.get(read.key, read.fill, credentials), _Answer(read, leg)
         self.counters.get_requests += 1
         try:
@@ -291,6 +293,10 @@ class DirectStore(Store):
             exchange = answer.leg.body = Exchange(request, peer, answer.accept, sock)
             try:
                 await self._receiver.run(exchange, until - loop.time())
+            except asyncio.CancelledError:
+                if exchange.connecting and answer.leg.lost:  # all that time
+                    connections.reached(peer, False)
+                raise
             finally:
                 connections.give_back(peer, exchange.sock)
                 self.counters.read_bytes += answer.received(exchange)
