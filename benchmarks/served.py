@@ -60,7 +60,8 @@ class Served:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                # Asked, not killed: it has to end its engine, which would go on without it.
+                preexec_fn=lambda: die_with_parent(signal.SIGTERM),
             )
         try:
             self._wait_until_ready(limit_s)
