@@ -1,4 +1,4 @@
-"""What the pages of results share: a part for each machine, tables, plots that stay the same, and what was left out. What they show: transport_report.py, ttft_report.py."""
+"""What the pages of results share: a part for each machine, tables, plots that stay the same, and what was left out. What they show: transport_report.py, ttft_report.py, throughput_report.py."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path

@@ -33,6 +33,15 @@ add_cli_args(parser)
 main(parser.parse_args())
 """
 
+# Between this process and a server, which leads no group then: SIGTERM is passed on to the server alone;
+# when this process dies, all is killed. A server that is still starting would go on without it.
+_SHELL = """
+trap 'kill -9 0' USR1
+trap 'kill -TERM $server' TERM
+"$@" & server=$!
+while kill -0 $server 2>/dev/null; do wait $server; done
+"""
+
 
 class ServeError(RuntimeError):
     """A server or a bench did not do what it should. The message says why, as its log does."""
@@ -53,14 +62,14 @@ class Served:
         with log.open("ab") as output:
             self._began_at = output.tell()
             self._child = subprocess.Popen(
-                [*command, "--host", "127.0.0.1", "--port", str(port)],
+                ["sh", "-c", _SHELL, "sh", *command, "--host", "127.0.0.1", "--port", str(port)],
                 env=self._env,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=lambda: die_with_parent(signal.SIGUSR1),
             )
         try:
             self._wait_until_ready(limit_s)

@@ -368,10 +368,10 @@ class Process:
             os.killpg(self._child.pid, how)
 
 
-def die_with_parent() -> None:
-    """In the child: be killed when the thread that started it ends, however it ends (Linux)."""
+def die_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
+    """In the child: be sent this when the thread that started it ends, however it ends (Linux)."""
     if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, how)
 
 
 def binary(name: str) -> str | None:

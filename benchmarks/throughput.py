@@ -5,6 +5,7 @@
     python -m benchmarks.throughput --prefixes 64 --prompts 256     more prefixes than a GPU has room for
     python -m benchmarks.throughput --request-rate 4    Poisson arrivals; otherwise all come at once
     python -m benchmarks.throughput --bucket my-bucket --region eu-central-1      AWS
+    python -m benchmarks.throughput --report            the tables and the plot, from the results
     python -m benchmarks.throughput --smoke             a tiny model on the CPU, to see that it all works
 
 Each system has a server in a process of its own and is sent the same prompts twice, made by the bench's
@@ -442,7 +443,7 @@ def _environment(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    parser = command.parser(__doc__, "systems", "seconds", "machine", "out", "again")
+    parser = command.parser(__doc__, "systems", "seconds", "machine", "out", "again", "report")
     add = parser.add_argument
     add("--prefixes", type=int, help="that are different: 16")
     add("--prefix-tokens", type=int, help="of each: 8192")
@@ -464,6 +465,11 @@ def main() -> int:
     args = parser.parse_args()
     if args.host_gib is None:
         args.host_gib = 1 / 16 if args.smoke else 16.0
+    if args.report:
+        from benchmarks.throughput_report import write
+
+        write(results.FOLDER)
+        return 0
     try:
         return measure(args)
     except ServerError as error:

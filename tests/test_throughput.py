@@ -15,6 +15,7 @@ from ttft_lab import ToyPlace
 from benchmarks.results import Lines, read
 from benchmarks.served import ServeError, flags
 from benchmarks.throughput import PASSES, SYSTEMS, Load, Run, metrics_of, server_kwargs
+from benchmarks.throughput_report import write
 from benchmarks.ttft_systems import Case, Prompts, Setup
 
 TINY = Load(3, 512, 64, 8, 6, rate=0.0, in_flight=1)
@@ -141,6 +142,23 @@ def test_a_pass_that_broke_is_told_and_the_server_ended(
     assert told[-1] == "stop" and told.count("bench") == breaks_in
     assert [line["case"]["pass"] for line in lines if "skipped" in line] == skipped
     assert all(one["skipped"] == "no ..., sorry" for one in lines if "skipped" in one)
+
+
+def test_the_report_shows_each_pass_and_what_was_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured(tmp_path, "none")
+    _, lines = measured(tmp_path, "objectcache", breaks_in=2)
+    counted = {"gpu_hit_tokens": 7}  # of a real server
+    shown = [line | {"metrics": line["metrics"] and line["metrics"] | counted} for line in lines]
+    path = tmp_path / "throughput-toy.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in shown))
+    write(tmp_path)
+    text = (tmp_path / "throughput.md").read_text()
+    row = "2 | 16 | 0.1 / 0.2 | 30 / 40 |"
+    for name, hits in (("none, cold", 0), ("none, again", 1536), ("objectcache, toy, cold", 0)):
+        assert f"| {name} | {row} {hits:,} | 7 |" in text
+    assert "| objectcache, toy, again |" not in text and "): no ..., sorry" in text
+    assert (tmp_path / "throughput-toy.svg").stat().st_size > 1000
 
 
 # ---- decisions
