@@ -123,6 +123,11 @@ class Admission:
             first = local_tokens // self.chunk_tokens
             self._found = min(self._found, first + chunks)
 
+    def leave(self) -> None:
+        """It was not fetched, and is not worth waiting for any longer."""
+        if self.may_fetch:
+            self._over(timed_out=True)
+
     def give_up(self) -> None:
         """What is still to come of the job is not worth waiting for."""
         if self.phase is Phase.STAGING:

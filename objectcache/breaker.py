@@ -28,6 +28,10 @@ class Breaker:
         )  # a trial that never reports does not block for ever
         return True
 
+    def is_open(self, now: float) -> bool:
+        """Whether nothing but a trial may go out now. To ask takes no trial."""
+        return self._open_until is not None and now < self._open_until
+
     def succeeded(self) -> None:
         self._failures = 0
         self._pause_s = FIRST_PAUSE_S

@@ -153,7 +153,6 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             stage_chunks,
             self._kv_cache_config.num_blocks,
             self._vllm_config.scheduler_config.policy == "priority",
-            self._options.stage_timeout_ms / 1000,
         )
         self._scheduler = SchedulerHalf(
             self._options,

@@ -50,6 +50,7 @@ class Late:
         self._loads: dict[int, Coming] = {}
         self._until = 0.0
         self.failed_blocks: set[int] = set()
+        self.lost_jobs: list[int] = []  # since somebody took them
         self.waits = 0  # layers that a step waited for
         self.lost = 0  # loads given up
         self.waited = False  # since somebody set this
@@ -115,4 +116,5 @@ class Late:
             if missing.any() and (late or ended):
                 load.lost = True
                 self.lost += 1
+                self.lost_jobs.append(load.job)
                 self.failed_blocks.update(page for pages in load.blocks for page in pages)

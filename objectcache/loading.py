@@ -3,7 +3,7 @@
 Events and `now` (seconds, one clock) in; it says nothing to workers, but what was decided to the log.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from objectcache.admission import Admission, Phase
 from objectcache.choosing import Choosing, Other, Prompt
@@ -35,6 +35,8 @@ class Loading:
         local_prefixes: bool,
         stage_chunks: int | None,
         trace: Trace,
+        store_is_off: Callable[[float], bool],
+        line_s: float,
     ) -> None:
         self._chunk_tokens = chunk_tokens
         self._block_tokens = block_tokens
@@ -46,6 +48,11 @@ class Loading:
         self._local_prefixes = local_prefixes
         self._stage_chunks = stage_chunks
         self._trace = trace
+        self._store_is_off = store_is_off
+        self._line_s = line_s
+        self._walked = False  # over those for which nothing was chosen, in this step
+        self._held: int | None = None  # blocks of running requests, in this step
+        self._news = 0  # counts changes of what is being brought
         self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._found: list[Tracked] = []  # for which nothing was chosen yet
         self._choices = CHOICES
@@ -70,20 +77,31 @@ class Loading:
         """Whether a prefix that was found is fetched now, as much of it as is chosen. True as well if the
         admission has its own answer: nothing to fetch, another brings it, or it streams."""
         name = tracked.request.request_id
+        if self._store_is_off(now) or self.turns.waited_s(name, now) >= self._line_s:
+            admission.leave()
+            self.gone(tracked, now)
+            return True
         if not self.may_stage(tracked) and not admission.overdue(now):
             self.turns.over(name, now)
             return True
-        for one in (tracked, *self._found):
-            self._choose(one, now)
-        self._found = [one for one in self._found if not one.chosen]
+        self._choose(tracked, now)
+        if not self._walked:
+            self._walked = True
+            for one in self._found:
+                self._choose(one, now)
+            self._found = [one for one in self._found if not one.chosen]
         if not tracked.chosen:
             return False
         if not self._want(tracked, admission, now):
             self.turns.over(name, now)
             return True
-        admitted = (one for one in self._requests.values() if one.admitted)
-        held = sum(one.own_blocks(self._block_tokens) for one in admitted)
-        return self.turns.may(name, held, now)
+        return self.turns.may(name, self._held_blocks, now)
+
+    def _held_blocks(self) -> int:
+        if self._held is None:
+            admitted = (one for one in self._requests.values() if one.admitted)
+            self._held = sum(one.own_blocks(self._block_tokens) for one in admitted)
+        return self._held
 
     def _choose(self, tracked: Tracked, now: float) -> None:
         """How much of it is loaded, once; then it stands in line."""
@@ -125,14 +143,17 @@ class Loading:
 
     def _want(self, tracked: Tracked, admission: Admission, now: float) -> bool:
         """Stand in line; False if there is nothing to stand in line for."""
+        name, asked = tracked.request.request_id, (self._news, tracked.local_tokens)
+        if tracked.wanted == asked and self.turns.wants_still(name):
+            return True
+        tracked.wanted = asked
         count = admission.wanted(tracked.local_tokens)
         if count == 0 or (self._stage_chunks is not None and count > self._stage_chunks):
             return False
         first = tracked.local_tokens // self._chunk_tokens
         new = sum(h not in self._bringing for h in tracked.chain.hashes[first : first + count])
         tokens = tracked.request.num_tokens - tracked.local_tokens
-        name, priority = tracked.request.request_id, tracked.request.priority
-        blocks = -(-tokens // self._block_tokens)
+        priority, blocks = tracked.request.priority, -(-tokens // self._block_tokens)
         self.turns.want(name, tracked.arrived_s, new, blocks, priority, now)
         return True
 
@@ -143,6 +164,7 @@ class Loading:
 
     def brings(self, tracked: Tracked) -> None:
         """Its job is to bring its chunks, as far as no other does."""
+        self._news += 1
         for chunk_hash in tracked.job_hashes:
             self._bringing.setdefault(chunk_hash, tracked)
 
@@ -193,6 +215,11 @@ class Loading:
             self._trace.note(request.request_id, "gives up")
             admission.give_up()
 
+    def falls_short(self, job: int) -> None:
+        """Some rank does not get all of a job: none is admitted before the others have said how much."""
+        if self.timely is not None:
+            self.timely.forget(job)
+
     def staged(self, tracked: Tracked, chunks: int, now: float) -> None:
         """So many chunks of its job are there, and no more will come."""
         assert tracked.job is not None
@@ -202,12 +229,14 @@ class Loading:
             self.timely.forget(tracked.job)
 
     def _judge(self, tracked: Tracked, there_at: float, now: float) -> None:
-        if self.choosing is not None and tracked.choice is not None:
-            self.choosing.ended(tracked.choice, there_at - tracked.began_s, now)
+        choice, tracked.choice = tracked.choice, None  # once
+        if self.choosing is not None and choice is not None:
+            self.choosing.ended(choice, there_at - tracked.began_s, now)
 
     def over(self, tracked: Tracked, now: float) -> None:
         """Its job is the workers' business alone, or nobody's."""
         assert tracked.job is not None
+        self._news += 1
         if self.timely is not None:
             self.timely.forget(tracked.job)
         for chunk_hash in tracked.job_hashes:
@@ -226,7 +255,7 @@ class Loading:
         """A step computes so many tokens of each request. Its number, for the workers to report it;
         0 if that is of no use."""
         self.turns.stepped()
-        self._choices = CHOICES
+        self._choices, self._walked, self._held = CHOICES, False, None
         if self.timely is None:
             return 0
         self._step += 1
@@ -245,6 +274,7 @@ class Loading:
             return
         for step, waited in report.steps:
             self.timely.stepped(step, waited, now)
+        self.timely.next_reports()
         for coming in report.coming:
             self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for shard, wire in report.wires:

@@ -123,6 +123,7 @@ class StepReport(KVConnectorWorkerMetadata):
     streamed: list[Streamed] = field(default_factory=list)
     coming: list[Coming] = field(default_factory=list)
     landed: list[Landed] = field(default_factory=list)
+    lost: list[int] = field(default_factory=list)  # jobs of which some rank lacks bytes, at once
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
     wires: list[tuple[int, Wire]] = field(default_factory=list)  # by shard; only what is new
     passes: list[PassTimes] = field(default_factory=list)  # of those with loads, if they are traced
@@ -135,6 +136,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.streamed + other.streamed,
             self.coming + other.coming,
             self.landed + other.landed,
+            self.lost + other.lost,
             self.steps + other.steps,
             self.wires + other.wires,
             passes=self.passes + other.passes,

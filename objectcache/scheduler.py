@@ -81,6 +81,7 @@ class SchedulerHalf:
         self._step = 0
         self._requests: dict[str, Tracked] = {}
         self._counters = Counters()
+        self._breaker = Breaker()
         self.loading = Loading(
             options.chunk_tokens,
             block_tokens,
@@ -92,9 +93,10 @@ class SchedulerHalf:
             local_prefixes,
             stage_chunks,
             self._trace,
+            self._breaker.is_open,
+            options.stage_timeout_ms / 1000,
         )
         self._known = KnownChunks(options.known_ttl_s, options.known_keys_max)
-        self._breaker = Breaker()
         self._lookups: dict[int, tuple[Tracked, int]] = {}  # with chunks known beforehand
         self._jobs: dict[int, Tracked] = {}
         self._stage_reports: dict[int, list[tuple[int, str]]] = {}
@@ -187,6 +189,8 @@ class SchedulerHalf:
         load, unused = tracked.admission.allocated(tokens, tracked.local_tokens)
         if unused:
             self._release(tracked)
+        if load is None:
+            self.loading.gone(tracked, time.monotonic())
         first = tracked.local_tokens // self._block_tokens
         ids = list(block_ids[first : first + load.blocks]) if load is not None else []
         if isinstance(load, Stream):
@@ -223,7 +227,7 @@ class SchedulerHalf:
         if self._saves:
             for request_id, tokens in scheduled.items():
                 tracked = self._requests.get(request_id)
-                if tracked is not None and request_id not in misled:
+                if tracked is not None and request_id not in misled and not tracked.misled:
                     commands.saves += self._saves_of(tracked, tokens, block_ids, now)
         return commands
 
@@ -231,11 +235,15 @@ class SchedulerHalf:
         """What workers did; each rank reports for itself."""
         now = time.monotonic()
         self.loading.reported(report, now)
+        for job in report.lost:
+            self._misled(*self._unsure.lost(job))
         for landed in report.landed:
-            self._evict(self._unsure.ended(landed.job, landed.lost))
+            self._misled(*self._unsure.ended(landed.job, landed.lost))
         for staged in report.staged:
             if staged.job not in self._jobs:
                 continue  # released meanwhile
+            if staged.chunks < len(self._jobs[staged.job].job_hashes):
+                self.loading.falls_short(staged.job)
             reports = self._stage_reports.setdefault(staged.job, [])
             reports.append((staged.chunks, staged.error))
             if len(reports) == self._ranks:
@@ -289,6 +297,7 @@ class SchedulerHalf:
         tracked.admission, tracked.admitted = None, False
         tracked.chosen, tracked.choice = False, None
         tracked.found, tracked.looked_at = 0, now
+        self.loading.gone(tracked, now)
         request = tracked.request
         claimable = loadable(request.num_tokens, self._block_tokens)
         whole = tracked.extended(self._options.chunk_tokens)
@@ -296,7 +305,7 @@ class SchedulerHalf:
         if not self._loads or not tracked.may_load or chunks == 0:
             return
         hashes = tracked.chain.hashes[:chunks]
-        known = self._known.prefix(hashes, now)
+        known = tracked.found = self._known.prefix(hashes, now)
         if not self._breaker.allows(now):
             return
         self._counters.add("lookups")
@@ -367,9 +376,14 @@ class SchedulerHalf:
         for request_id in scheduled:
             tracked = self._requests.get(request_id)
             may = tracked is None or self._unsure.concerns(tracked.admission_number)
-            if may and self._unsure.computes(block_ids(request_id)):
+            if may and self._unsure.computes(request_id, block_ids(request_id)):
                 found.add(request_id)
         return found
+
+    def _misled(self, pages: set[int], request_ids: set[str]) -> None:
+        self._evict(pages)
+        for request_id in request_ids & self._requests.keys():
+            self._requests[request_id].misled = True
 
     # ---- stages and streams
 

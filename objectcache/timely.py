@@ -95,6 +95,12 @@ class Timely:
         found.coming.seen(now, landed, ready)
         found.note(now)
 
+    def next_reports(self) -> None:
+        """What follows is of another step. All ranks that still bring a job report in the same one: two
+        words of one rank are not those of two."""
+        for job in self._jobs.values():
+            job.reports.clear()
+
     def forget(self, job: int) -> None:
         self._jobs.pop(job, None)
 

@@ -22,10 +22,14 @@ class Tracked:
     admission: Admission | None = None
     admitted: bool = False
     admission_number: int = 0
+    misled: bool = False  # it computed on bytes that did not come: nothing of it is saved
     local_tokens: int = 0  # what vLLM had itself when it asked last
     found: int = 0  # chunks that the store was found to have
     looked_at: float = 0.0
     chosen: bool = False  # how many of them to load
+    wanted: tuple[int, int] | None = (
+        None  # at which news, and behind which tokens, it stood in line
+    )
     choice: Choice | None = None
     job: int | None = None
     job_hashes: list[bytes] = field(default_factory=list)

@@ -6,6 +6,7 @@ are known to wait are judged together, at the first question after something cha
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from objectcache import sharing
@@ -25,18 +26,17 @@ class _Waits:
 
 class Turns:
     """`slots` of the ring are there for stages; `blocks` on the GPU. With `by_priority` a lower number
-    goes first, as vLLM orders its queue then. Where nothing moves for `stuck_s`, who asks begins all the
-    same: what holds the room may never go, and a stage that finds none ends by itself."""
+    goes first, as vLLM orders its queue then. Who waits too long for
+    its turn is the caller's business."""
 
-    def __init__(self, slots: int, blocks: int, by_priority: bool, stuck_s: float) -> None:
+    def __init__(self, slots: int, blocks: int, by_priority: bool) -> None:
         self._slots = slots
         self._blocks = blocks
         self._by_priority = by_priority
-        self._stuck_s = stuck_s
         self._waits: dict[str, _Waits] = {}
         self._begun: dict[str, tuple[int, int]] = {}  # slots and blocks
         self._chosen: set[str] | None = None
-        self._judged_at = self._moved_at = -math.inf
+        self._judged_at = -math.inf
         self._round, self._asked = 0, False
 
     def stepped(self) -> None:
@@ -67,26 +67,43 @@ class Turns:
                 self._chosen = None  # it counts again
             before.round = self._round
 
-    def may(self, name: str, held_blocks: int, now: float) -> bool:
-        """Whether it begins; `held_blocks` are those that running requests have."""
+    def wants_still(self, name: str) -> bool:
+        """The same as when it was last said, if it stands in line."""
+        waits = self._waits.get(name)
+        if waits is None:
+            return False
+        if waits.round < self._oldest:
+            self._chosen = None  # it counts again
+        waits.round = self._round
+        return True
+
+    def may(self, name: str, held_blocks: Callable[[], int], now: float) -> bool:
+        """Whether it begins; `held_blocks()` are those that running requests have."""
         self._asked = True
         if self._chosen is None or now - self._judged_at >= AGAIN_S:
-            self._chosen = self._judge(held_blocks, now)
+            self._chosen = self._judge(held_blocks(), now)
             self._judged_at = now
-        stuck = now - max(self._moved_at, self._waits[name].since) >= self._stuck_s
-        return name in self._chosen or stuck
+        return name in self._chosen
+
+    def waited_s(self, name: str, now: float) -> float:
+        """How long it has stood in line."""
+        waits = self._waits.get(name)
+        return now - waits.since if waits is not None else 0.0
 
     def begins(self, name: str, now: float) -> None:
         """It holds what it wanted, until it is over."""
         waits = self._waits.pop(name, None)
         if waits is not None:
             self._begun[name] = (waits.waiting.ring_slots, waits.waiting.gpu_blocks)
-            self._moved(now)
+            if self._chosen is None or name not in self._chosen:
+                self._chosen = None
+            else:
+                self._chosen.remove(name)  # what it takes was reckoned with
 
     def over(self, name: str, now: float) -> None:
         """It was admitted, or nobody waits for it any more. Idempotent."""
         if self._begun.pop(name, None) is not None:
-            self._moved(now)
+            self._chosen = None
         if self._waits.pop(name, None) is not None:
             self._chosen = None
 
@@ -101,10 +118,6 @@ class Turns:
     @property
     def _oldest(self) -> int:
         return self._round - ROUNDS_KEPT
-
-    def _moved(self, now: float) -> None:
-        self._moved_at = now
-        self._chosen = None
 
     def _judge(self, held_blocks: int, now: float) -> set[str]:
         waits = {name: one for name, one in self._waits.items() if one.round >= self._oldest}

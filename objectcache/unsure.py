@@ -20,6 +20,7 @@ class _Load:
     behind: set[int] = field(
         default_factory=set
     )  # pages that were computed or loaded from there on
+    requests: set[str] = field(default_factory=set)  # that computed them
     words: int = 0  # of ranks
     lost: bool = False
 
@@ -46,20 +47,28 @@ class Unsure:
         """Whether the request of this admission may have a part in such a load."""
         return any(load.number <= number for load in self._loads.values())
 
-    def computes(self, block_ids: Sequence[int]) -> bool:
+    def computes(self, request_id: str, block_ids: Sequence[int]) -> bool:
         """A request with these blocks computes in the coming step; whether on bytes that may fail to come."""
         found = False
         for load in self._loads.values():
             if len(block_ids) > load.place and block_ids[load.place] == load.page:
                 load.behind.update(block_ids[load.place :])
+                load.requests.add(request_id)
                 found = True
         return found
 
-    def ended(self, job: int, lost: bool) -> set[int]:
-        """One rank says that its part of a load came, or is lost: the pages that nobody may use again."""
+    def lost(self, job: int) -> tuple[set[int], set[str]]:
+        """One rank gave it up: the pages that nobody may use again, and the requests that computed on
+        it, of which nothing may be saved any more. Said in the step in which vLLM hears of it too."""
+        load = self._loads[job]
+        load.lost = True
+        return load.behind, load.requests
+
+    def ended(self, job: int, lost: bool) -> tuple[set[int], set[str]]:
+        """One rank says that its part of a load came, or is lost, and that nothing writes there any more."""
         load = self._loads[job]
         load.words += 1
         load.lost = load.lost or lost
         if load.words == self._ranks:
             del self._loads[job]
-        return load.behind if load.lost else set()
+        return (load.behind, load.requests) if load.lost else (set(), set())

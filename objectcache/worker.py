@@ -224,6 +224,7 @@ class WorkerHalf:
         """What happened since the last call, for the scheduler half."""
         self._collect()
         report, self._reports = self._reports, StepReport()
+        report.lost, self._late.lost_jobs = self._late.lost_jobs, []
         for saved in report.saved:
             self._counters.add(_SAVE_COUNTER[saved.outcome])
         if self._commands.step:
@@ -238,10 +239,11 @@ class WorkerHalf:
         return report if report != StepReport() else None
 
     def _coming(self) -> list[Coming]:
-        """How far the jobs are that have not ended."""
+        """How far the jobs are that wait for nothing but bytes, here or on another rank."""
         layers, found = len(self._pages), []
         for job, slots in self._placed.items():
-            if job not in self._staged and job not in self._loading:
+            staged = self._staged.get(job, slots)
+            if len(staged) == len(slots) and job not in self._loading:
                 progress = self._slots.progress[slots]
                 ready = int(progress.min(initial=layers))
                 found.append(Coming(job, len(slots), ready, int(progress.sum(dtype=int))))

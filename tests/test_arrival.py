@@ -306,3 +306,20 @@ def test_what_nobody_can_foresee_costs_no_more_than_that(slow_from: int, slow: f
         assert (
             stalls_s <= ready_at[-1] - usual[-1] - 0.15
         )  # the rest of it was waited for, or hidden
+
+
+def test_two_words_of_one_rank_are_not_those_of_two() -> None:
+    """One may have no place for a job yet, or lack a chunk of it."""
+    timely = Timely([MIB] * LAYERS, BUDGET, ranks=2)
+    timely.began(1, 10, 0.0)
+    for step in range(1, 5):
+        timely.next_reports()
+        timely.seen(1, 10, step, 10 * step, 0.01 * step)
+        assert timely.when(1, 3000, 2560, 0.01 * step) is None
+    timely.next_reports()
+    for ready in (4, 2):
+        timely.seen(1, 10, ready, 10 * ready, 0.05)
+    found = timely.when(1, 3000, 2560, 0.05)
+    assert found is not None
+    timely.forget(1)
+    assert timely.when(1, 3000, 2560, 0.06) is None

@@ -199,3 +199,19 @@ def test_a_preempted_request_finds_what_was_written_after_it_was_asked_for(
         for token in one.outputs[name]:
             assert token == ToyEngine.next_token(off, seen)
             seen.append(token)
+
+
+def test_in_a_line_before_a_silent_store_nobody_waits_for_all_before_it(
+    engine: Engines, proxy: FaultProxy
+) -> None:
+    """The ring holds one prefix. Each load ends after a second; the last of eight does not wait for eight."""
+    prompts = [prompt(400, seed=20 + n) for n in range(8)]
+    first = engine(load="always")
+    right = first.generate(*prompts)
+    first.settle()
+    one = engine(load="always", ring_bytes="1MiB", stage_timeout_ms=1000)
+    proxy.fault = gets(Fault(delay_s=30.0))
+    began = time.monotonic()
+    assert one.generate(*prompts) == right
+    assert time.monotonic() - began < 5.0
+    proxy.fault = None

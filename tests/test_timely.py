@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fault_server import Fault, FaultProxy, Request, cut
@@ -44,8 +45,9 @@ def engine(model: Path, proxy: FaultProxy) -> Iterator[Engines]:
             **{"lookup_timeout_ms": 5000},  # a busy machine may need it
         }
         options = {name: more.pop(name) for name in ("ranks", "hooks_fire") if name in more}
+        kind = more.pop("kind", ToyEngine)
         made.append(
-            ToyEngine(model, extra | more, layers=LAYERS, failure_policy="fail", **options)  # type: ignore[arg-type]
+            kind(model, extra | more, layers=LAYERS, failure_policy="fail", **options)  # type: ignore[arg-type]
         )
         # As if a layer took 10 ms to compute: the toy takes none, and nothing could be hidden.
         timely = made[-1].connector._scheduler.loading.timely
@@ -95,6 +97,19 @@ class AtOnce(Timely):
     def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
         moment = super().when(job, prompt_tokens, loaded_tokens, now)
         return moment and replace(moment, at_s=now)
+
+
+class Hangs(ToyEngine):
+    """A client hangs up while the step runs in which its request fails: vLLM ends it before it hears of that."""
+
+    leaves: str | None = None
+
+    def _sampled(self, output: Any, reports: list[Any]) -> Any:
+        sampled = super()._sampled(output, reports)
+        if self.leaves is not None and any(report.invalid_block_ids for report in reports):
+            self.abort(self.leaves)
+            self.leaves = None
+        return sampled
 
 
 def at_once(one: ToyEngine) -> ToyEngine:
@@ -231,6 +246,39 @@ def test_what_is_computed_on_bytes_that_do_not_come_is_kept_nowhere(
     assert other.generate(*prompts) == right, "it went to the bucket"
     assert other.cached["r1"] == 512, "what was computed on bytes that came is in the bucket"
     assert not one.connector._scheduler._unsure
+
+
+def test_who_hangs_up_as_its_load_is_lost_leaves_nothing_behind(
+    engine: Engines, proxy: FaultProxy, model: Path
+) -> None:
+    """vLLM then evicts nothing, and the read that did not come is still going on."""
+    bucket = "s3://kvcache/hangs-up"
+    one = at_once(engine(kind=Hangs, url=bucket, late_timeout_ms=300, read_timeout_ms=3000))
+    one.generate(PROMPT)
+    one.settle()
+    one.forget()
+    gets = itertools.count()
+
+    def script(request: Request) -> Fault | None:
+        if request.method != "GET":
+            return None
+        stops = next(gets) == 2
+        return replace(SLOW, stop_after=60_000, stop="stall") if stops else SLOW
+
+    proxy.fault = script
+    tokens = PROMPT[:384] + prompt(150, seed=11)
+    one.leaves = one.add(tokens, max_tokens=3)
+    while one.leaves is not None:
+        one.step()
+    proxy.fault = None
+    off = ToyEngine(model, None, layers=LAYERS)
+    right = off.generate(tokens, max_tokens=80)
+    off.stop()
+    one.connector._scheduler.loading.timely.admits = False  # the read is not over: no second loss
+    assert one.generate(tokens, max_tokens=80) == right, "vLLM kept it"
+    one.settle()
+    other = engine(url=bucket, admission="staged")
+    assert other.generate(tokens, max_tokens=80) == right, "it went to the bucket"
 
 
 def test_an_abort_while_the_last_layers_come(

@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from objectcache.sharing import PATIENCE_S
 from objectcache.turns import ROUNDS_KEPT, Turns
 
-STUCK_S = 10.0
-
 
 @dataclass
 class Line:
@@ -31,7 +29,7 @@ class Line:
         came = []
         for name, wanted in list(self.wants.items()):
             self.turns.want(name, *wanted, self.now)
-            if self.turns.may(name, self.held, self.now):
+            if self.turns.may(name, lambda: self.held, self.now):
                 self.turns.begins(name, self.now)
                 del self.wants[name]
                 came.append(name)
@@ -44,7 +42,7 @@ class Line:
 
 
 def line(slots: int = 10, blocks: int = 100, by_priority: bool = False) -> Line:
-    return Line(Turns(slots, blocks, by_priority, STUCK_S))
+    return Line(Turns(slots, blocks, by_priority))
 
 
 def test_the_smallest_begin_first_whoever_is_asked_first_and_only_what_fits() -> None:
@@ -107,16 +105,18 @@ def test_a_large_one_is_not_overtaken_for_ever() -> None:
     assert "large" in one.begun and one.now <= PATIENCE_S + 1.0
 
 
-def test_where_nothing_moves_who_asks_begins_after_a_while() -> None:
+def test_how_long_one_has_stood_in_line_is_known_until_it_begins() -> None:
     one = line()
     one.add("first", 10)
     one.step()
+    assert one.turns.waited_s("first", one.now) == 0.0
     one.add("second", 5)
-    one.add("third", 5)
-    one.step(STUCK_S - 0.1)
-    assert one.begun == ["first"]
-    assert one.step(0.2) == ["second"], "one at a time"
-    assert one.step(STUCK_S + 0.1) == ["third"]
+    one.step(3.0)
+    one.step(3.0)
+    assert one.turns.waited_s("second", one.now) == 6.0
+    assert one.turns.wants_still("second") and not one.turns.wants_still("first")
+    one.over("first")
+    assert one.step(1.0) == ["second"] and one.turns.waited_s("second", one.now) == 0.0
 
 
 def test_who_is_never_asked_for_does_not_hold_up_others() -> None:
