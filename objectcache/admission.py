@@ -256,9 +256,11 @@ class Admission:
 
 def asks(known_chunks: int, chunk_tokens: int, loadable_tokens: int) -> bool:
     """Whether to wait until the store has said what more of a prefix exists, whose first chunks are known
-    to. What is so little that it is computed meanwhile is not worth it: most such ends are new."""
-    left = loadable_tokens - known_chunks * chunk_tokens
-    return left > 0 and (known_chunks == 0 or left > ASKED_TOKENS)
+    to. What is so little that it is computed meanwhile, and at most a quarter of the prompt, is not worth it:
+    where so much is known, the end is mostly new."""
+    known = known_chunks * chunk_tokens
+    left = loadable_tokens - known
+    return left > min(ASKED_TOKENS, known // 3)
 
 
 def loadable(prompt_tokens: int, block_tokens: int) -> int:

@@ -159,6 +159,7 @@ def test_after_the_end_nothing_is_asked() -> None:
 def test_a_short_end_behind_known_chunks_is_not_asked_for() -> None:
     chunk = 256
     assert not asks(4, chunk, 4 * chunk)  # all is known
-    assert not asks(4, chunk, 4 * chunk + ASKED_TOKENS)
-    assert asks(4, chunk, 4 * chunk + ASKED_TOKENS + 16)
+    assert not asks(16, chunk, 16 * chunk + ASKED_TOKENS)
+    assert asks(16, chunk, 16 * chunk + ASKED_TOKENS + 16)
     assert asks(0, chunk, 16)  # nothing is known: it may all be there
+    assert not asks(3, chunk, 4 * chunk) and asks(3, chunk, 4 * chunk + 16)  # three quarters are
