@@ -16,6 +16,7 @@ from objectcache.tracked import Tracked
 from objectcache.turns import Turns
 
 DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
+MOMENT_LEAST_S = 0.002  # between two looks at when a request may be admitted
 CHOICES = 8  # in a step: each takes a millisecond
 
 
@@ -172,7 +173,7 @@ class Loading:
         """Its stage was given to the workers."""
         assert tracked.job is not None
         self.turns.begins(tracked.request.request_id, now)
-        tracked.began_s = tracked.next_look_s = now
+        tracked.began_s = tracked.next_look_s = tracked.next_moment_s = now
         if self.timely is not None:
             self.timely.began(tracked.job, len(tracked.job_hashes), now)
 
@@ -183,7 +184,7 @@ class Loading:
             return
         assert tracked.job is not None
         name = tracked.request.request_id
-        if timely.admits:
+        if timely.admits and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
             moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
             # A model of arrivals says too much of a store that became slow: it must not be far off.
@@ -194,6 +195,9 @@ class Loading:
                 self._judge(tracked, moment.staged_s, now)
                 admission.due()
                 return
+            # To look costs a fraction of a millisecond, and many may be on their way.
+            waits_s = moment.at_s - now if moment is not None else 0.0
+            tracked.next_moment_s = now + max(MOMENT_LEAST_S, waits_s / 8)
         if self.choosing is not None and tracked.choice is not None and now >= tracked.next_look_s:
             self._give_up(self.choosing, tracked, admission, now)
 

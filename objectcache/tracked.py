@@ -36,6 +36,7 @@ class Tracked:
     job_first: int = 0  # chunk of the prefix
     began_s: float = 0.0
     next_look_s: float = 0.0  # at what still comes of the job
+    next_moment_s: float = 0.0  # at when it may be admitted
     save_from: int = 0  # chunks before this one are in the store, or on their way
 
     @property
