@@ -254,12 +254,12 @@ class Admission:
         return Answer(0, release=release)
 
 
-def asks(known_chunks: int, chunk_tokens: int, loadable_tokens: int) -> bool:
+def asks(known_chunks: int, chunk_tokens: int, most_tokens: int) -> bool:
     """Whether to wait until the store has said what more of a prefix exists, whose first chunks are known
-    to. What is so little that it is computed meanwhile, and at most a quarter of the prompt, is not worth it:
-    where so much is known, the end is mostly new."""
+    to, and of which `most_tokens` could be claimed at all. It is not worth it for what is computed
+    meanwhile and is a quarter at most: where so much is known, the end is mostly new."""
     known = known_chunks * chunk_tokens
-    left = loadable_tokens - known
+    left = most_tokens - known
     return left > min(ASKED_TOKENS, known // 3)
 
 

@@ -317,10 +317,11 @@ class SchedulerHalf:
             self._options.stage_timeout_ms / 1000,
             self._stage_chunks,
         )
-        if not asks(known, self._options.chunk_tokens, claimable):
+        chunk_tokens = self._options.chunk_tokens
+        if not asks(known, chunk_tokens, min(claimable, chunks * chunk_tokens)):
             self._found(tracked, known)
         if known == chunks:
-            return
+            return  # and nothing is asked
         self._next_ticket += 1
         self._lookups[self._next_ticket] = (tracked, known)
         # One rank's objects stand for all: if another rank's are missing, its stage says so.

@@ -5,6 +5,7 @@ and it is checked that the store was really used (a connector that never hits is
 """
 
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,25 @@ def test_a_load_goes_on_where_the_local_prefix_ends(engine: Engines, local: int)
     assert second.generate(p) == want
     assert second.cached["r2"] == 256
     assert second.stats["get_requests"] - before == 4 - local // CHUNK
+
+
+@pytest.mark.parametrize("length", [2 * CHUNK + more for more in (-BLOCK, -1, 0, 1, BLOCK, 63)])
+def test_a_prefix_that_is_known_is_neither_asked_nor_waited_for(
+    engine: Engines, length: int
+) -> None:
+    p = prompt(length)
+    want = warm_and_want(engine, p)
+    second = engine(kv_role="kv_consumer")
+    hits, asked = [], []
+    for _ in range(2):
+        began = time.monotonic()
+        assert second.generate(p) == want
+        assert time.monotonic() - began < 0.9, "a lookup has a second"
+        hits.append(second.cached[f"r{len(hits) + 1}"])
+        asked.append(second.totals.get("head_requests", 0))
+        second.forget()
+    assert hits == [min(length // CHUNK * CHUNK, (length - 1) // BLOCK * BLOCK)] * 2
+    assert asked[0] == asked[1] > 0
 
 
 @pytest.mark.parametrize("budget", [16, 48, 100])
