@@ -1,6 +1,7 @@
 """A GET that is late is asked a second time, on each data path to a real S3 server: which answer counts, and what the other does to memory. When: test_hedge.py."""
 
 import asyncio
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -9,6 +10,7 @@ import pytest
 from fault_server import Fault, cut
 from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     BODY,
+    PATIENT,
     Lab,
     lab_fixture,
     module_lab_fixture,
@@ -17,6 +19,7 @@ from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     refused,
 )
 
+from objectcache.config import parse
 from objectcache.errors import NotFound
 from objectcache.hedge import Race
 from objectcache.stores.base import Store, StoreCounters
@@ -26,7 +29,7 @@ from objectcache.stores.hedged import Leg
 from objectcache.stores.http1 import Head
 from objectcache.stores.receiver import Exchange
 from objectcache.stores.s3 import S3Store
-from objectcache.stores.s3_direct import _Answer, _Read
+from objectcache.stores.s3_direct import DirectStore, _Answer, _Read
 
 LATE_S = 0.25  # twice what the store is told to have taken so far
 LONG_S = 3.0  # an answer that nobody waits for
@@ -38,6 +41,15 @@ def gate_of(store: Store) -> Gate:
     return library.gate
 
 
+def know(store: Store, late_s: float) -> None:
+    hedging = gate_of(store).hedging
+    for _ in range(512):
+        hedging.began()
+        hedging.looked(False)
+        hedging.flowed(1 << 20, 0.001)
+        hedging.came(late_s / 2)
+
+
 @asynccontextmanager
 async def knowing(lab: Lab, percent: int = 20, late_s: float = LATE_S) -> AsyncIterator[Store]:
     """A store of its own that has seen enough, and has connections."""
@@ -46,12 +58,7 @@ async def knowing(lab: Lab, percent: int = 20, late_s: float = LATE_S) -> AsyncI
         script = list(lab.proxy.script)
         lab.proxy.script.clear()
         await asyncio.gather(*(read_there(store, 0, 1000) for _ in range(2)))
-        hedging = gate_of(store).hedging
-        for _ in range(512):
-            hedging.began()
-            hedging.looked(False)
-            hedging.flowed(1 << 20, 0.001)
-            hedging.came(late_s / 2)
+        know(store, late_s)
         store.counters = StoreCounters()
         lab.proxy.requests.clear()
         lab.proxy.script.extend(script)
@@ -276,3 +283,37 @@ def test_an_answer_that_comes_second_gets_no_memory() -> None:
     exchange.have = 50
     assert late.received(exchange) == 0 and fill.have == 0
     assert memory == bytes([POISON]) * 100
+
+
+def test_an_address_that_does_not_answer_is_remembered_although_the_second_request_won(
+    lab: Lab,
+) -> None:
+    """Else each new connection would try it again, and cost a second request."""
+    if lab.path != "direct":
+        return  # the others leave connections to their libraries
+
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.9", lab.proxy.port), backlog=0) as silent:
+            full = [socket.socket() for _ in range(4)]  # its queue: it hears nobody else
+            for one in full:
+                one.setblocking(False)
+                one.connect_ex(silent.getsockname())
+            peers = [
+                (socket.AF_INET, (host, lab.proxy.port)) for host in ("127.0.0.9", "127.0.0.1")
+            ]
+            options = parse(
+                {"url": "s3://faults/lab", "endpoint_url": lab.proxy.url, **PATIENT}
+                | {"hedge_percent": 20}
+            )
+            library = S3Store(options)
+            store = DirectStore(library, library, options, look_up=lambda *_: peers)
+            know(store, LATE_S)
+            await read_there(store)
+            assert store.counters.hedges_won == 1
+            endpoint = store._endpoint
+            assert endpoint is not None and peers[0] in endpoint.connections._dead_until
+            await store.close()
+            for one in full:
+                one.close()
+
+    run(scenario)

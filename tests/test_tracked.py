@@ -3,9 +3,14 @@
 from types import SimpleNamespace
 
 from objectcache.admission import Admission
-from objectcache.choosing import Other
+from objectcache.choosing import Choosing, Other
 from objectcache.keys import ChunkChain
+from objectcache.loading import Loading
+from objectcache.metrics import Counters
+from objectcache.trace import Trace
 from objectcache.tracked import Tracked
+from objectcache.turns import Turns
+from objectcache.worth import Choice
 
 CHUNK, BLOCK = 64, 16
 
@@ -47,3 +52,28 @@ def test_blocks_of_its_own_are_those_behind_what_vllm_had() -> None:
     assert one.own_blocks(BLOCK) == 7 - 2
     one.request.num_computed_tokens = 0
     assert one.own_blocks(BLOCK) == 0
+
+
+class Judges(Choosing):
+    """Counts how often it is told that a load ended."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def ended(self, choice: Choice, took_s: float, now: float) -> None:
+        self.told.append(took_s)
+
+
+def test_a_load_is_judged_once() -> None:
+    """It may be admitted early, and then all of it is there before vLLM has blocks for it."""
+    judges, turns = Judges(), Turns(10, 100, by_priority=False)
+    loading = Loading(
+        *(CHUNK, BLOCK, {}, Counters(), turns, None, judges, True, None),
+        *(Trace(lambda: 0.0), lambda now: False, 10.0),
+    )
+    one = tracked()
+    one.job, one.job_hashes, one.began_s = 7, [b"a", b"b"], 1.0
+    one.choice = SimpleNamespace()  # type: ignore[assignment]
+    loading.staged(one, 2, now=3.0)
+    loading.staged(one, 2, now=4.0)
+    assert judges.told == [2.0]

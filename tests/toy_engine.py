@@ -200,12 +200,15 @@ class ToyEngine:
                 _add(self.totals, client.scheduler_stats.kv_connector_stats)
 
     def _see_what_was_wrong(self, reports: list[KVConnectorOutput | None]) -> None:
-        """Raise, unless the request has a block that some rank names: with policy "fail" it ends in this step."""
+        """Raise, unless a block that the request read wrongly is named by some rank: with policy "fail" it
+        ends in this step. What it then read wrongly of itself follows from that."""
         named = set().union(*(report.invalid_block_ids for report in reports if report is not None))
+        wrong = [one for worker in self.workers for one in worker.wrong]
+        fails = {name for name, bad, _ in wrong if bad & named and self.failure_policy == "fail"}
+        for name, _, where in wrong:
+            if name not in fails:
+                raise WrongKV(where)
         for worker in self.workers:
-            for blocks, where in worker.wrong:
-                if self.failure_policy != "fail" or not named & blocks:
-                    raise WrongKV(where)
             worker.wrong.clear()
 
     def stop(self) -> None:
@@ -270,7 +273,9 @@ class _Worker:
         # request -> tokens, the hash of them, and what it was after each
         self._digests: dict[str, tuple[list[int], Any, bytearray]] = {}
         self.connector, self.place = None, None
-        self.wrong: list[tuple[set[int], str]] = []  # blocks of who read wrong rows in this step
+        self.wrong: list[
+            tuple[str, set[int], str]
+        ] = []  # who read wrong rows in this step, and which blocks
         if config.kv_transfer_config is not None:
             self.connector = KVConnectorFactory.create_connector(
                 config, KVConnectorRole.WORKER, cache
@@ -349,7 +354,8 @@ class _Worker:
                     wrong = (seen != right).any(axis=1).nonzero()[0].tolist()
                     self.engine.misled.add(name)
                     where = f"request {name}, layer {layer}, positions {wrong[:8]} of {end}"
-                    self.wrong.append((set(blocks.tolist()), where))
+                    bad = {int(blocks[position // size]) for position in wrong}
+                    self.wrong.append((name, bad, where))
             save_layer(layer_name)
 
     def _rows_of(self, request: Request, end: int) -> np.ndarray:
