@@ -186,7 +186,8 @@ class Loading:
         name = tracked.request.request_id
         if timely.admits and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
-            moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
+            alone = not any(one.admitted for one in self._requests.values())
+            moment = timely.when(tracked.job, tracked.request.num_tokens, end, now, alone)
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
             believed = timely.left_s(tracked.job, now) <= most_s
@@ -268,8 +269,8 @@ class Loading:
             for name, tokens in scheduled.items()
             if name in self._requests
         }
-        if len(contexts) == len(scheduled):  # else there is work of which nothing is known
-            self.timely.scheduled(self._step, contexts, now)
+        known = len(contexts) == len(scheduled)  # else there is work of which nothing is known
+        self.timely.scheduled(self._step, contexts if known else None, now)
         return self._step
 
     def reported(self, report: StepReport, now: float) -> None:
@@ -282,5 +283,4 @@ class Loading:
         for coming in report.coming:
             self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for shard, wire in report.wires:
-            if self.choosing is not None:
-                self.choosing.heard(shard, wire)
+            self.timely.heard(shard, wire)

@@ -94,7 +94,9 @@ def want(model: Path, proxy: FaultProxy) -> list[list[int]]:
 class AtOnce(Timely):
     """Admits as soon as all chunks are known to be right."""
 
-    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
+    def when(
+        self, job: int, prompt_tokens: int, loaded_tokens: int, now: float, alone: bool = False
+    ) -> Moment | None:
         moment = super().when(job, prompt_tokens, loaded_tokens, now)
         return moment and replace(moment, at_s=now)
 
