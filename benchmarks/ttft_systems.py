@@ -287,7 +287,7 @@ class Ours(Session):
             "kv_connector_module_path": "objectcache.connector",
             # vLLM does not recompute rightly what a running request lacks.
             "kv_load_failure_policy": (
-                "fail" if self.setup.options.get("admission") == "just-in-time" else "recompute"
+                "recompute" if self.setup.options.get("admission", "staged") == "staged" else "fail"
             ),
             "kv_connector_extra_config": options | dict(self.setup.options),
         }

@@ -104,13 +104,20 @@ class Timely:
     def forget(self, job: int) -> None:
         self._jobs.pop(job, None)
 
-    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
+    def when(
+        self,
+        job: int,
+        prompt_tokens: int,
+        loaded_tokens: int,
+        now: float,
+        mode: str = JUST_IN_TIME,
+    ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
         known that all of its chunks are right."""
         found = self._jobs.get(job)
         if found is None or found.ready < 1:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now)
+        return self._moment(found, prompt_tokens, loaded_tokens, now, mode)
 
     def expected(
         self, job: int, prompt_tokens: int, loaded_tokens: int, now: float
@@ -119,7 +126,8 @@ class Timely:
         found = self._jobs.get(job)
         if found is None:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now)
+        mode = JUST_IN_TIME if self.admits else STAGED
+        return self._moment(found, prompt_tokens, loaded_tokens, now, mode)
 
     def left_s(self, job: int, now: float) -> float:
         """Until all of a job is there if it goes on as lately: without what is expected of a store, which
@@ -138,11 +146,12 @@ class Timely:
         left = (job.chunks * sum(self._slice_bytes) - job.landed for job in self._jobs.values())
         return [one for one in left if one > 0]
 
-    def _moment(self, job: _Job, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment:
+    def _moment(
+        self, job: _Job, prompt_tokens: int, loaded_tokens: int, now: float, mode: str
+    ) -> Moment:
         work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
         layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
         copy_s = max(self._slice_bytes) * job.chunks / BUS_BYTES_PER_S
-        mode = JUST_IN_TIME if self.admits else STAGED
         return moment(job.coming.arrivals(now), now, layer_s, copy_s, mode)
 
     # ---- steps

@@ -94,9 +94,9 @@ def want(model: Path, proxy: FaultProxy) -> list[list[int]]:
 class AtOnce(Timely):
     """Admits as soon as all chunks are known to be right."""
 
-    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
-        moment = super().when(job, prompt_tokens, loaded_tokens, now)
-        return moment and replace(moment, at_s=now)
+    def when(self, job: int, *what: Any) -> Moment | None:
+        moment = super().when(job, *what)
+        return moment and replace(moment, at_s=what[2])
 
 
 class Hangs(ToyEngine):
