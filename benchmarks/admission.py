@@ -70,11 +70,12 @@ from benchmarks.live_engine import EngineGone, Processes
 from benchmarks.raw_reads import rate_bytes_per_s
 from benchmarks.s3_like import BYTES_PER_S, FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like
 from benchmarks.servers import ServerError
-from benchmarks.ttft_stores import BUCKET, s3_like_place
+from benchmarks.ttft_stores import BUCKET, room_bytes, s3_like_place
 from benchmarks.ttft_systems import CHUNK_TOKENS, Case, Saving, Setup, make_setup, ring_bytes
 
 START_LIMIT_S, RUN_LIMIT_S, GRACE_S = 300.0, 150.0, 20.0
 TOKENS, SMOKE_TOKENS = 48, 6  # of an answer
+RING_LONGEST = 2  # times what stages the longest prefix
 SET_NUMBERS = 1000  # prefixes are numbered; so far from set to set
 OPTIONS = {
     **{"admission": "just-in-time", "known_ttl_s": 0, "lookup_timeout_ms": 10_000},
@@ -168,6 +169,7 @@ def measure(args: argparse.Namespace) -> int:
         place, server = stack.enter_context(s3_like_place(folder, workers, law))
         rates = _calibrate(server, folder, {scene.wire_gbps for _, scene, _ in wanted}, args.smoke)
         setup = make_setup(args.smoke, args.engine, OPTIONS | args.options, folder, cases)
+        _make_room(args, setup, folder)
         if args.trace is not None:
             args.trace.mkdir(parents=True, exist_ok=True)
             setup.traces = args.trace.resolve()
@@ -263,6 +265,19 @@ def _calibrate(server: S3Like, folder: Path, gbps: set[float], smoke: bool) -> d
     return found
 
 
+def _make_room(args: argparse.Namespace, setup: Setup, folder: Path) -> None:
+    """In host memory, for several long prefixes at once; and see that the folder has room for all."""
+    ring = ring_bytes(setup) * (1 if args.smoke else RING_LONGEST)
+    setup.options = {"ring_bytes": ring} | dict(setup.options)
+    if int(setup.options["ring_bytes"]) * 3 // 4 >= setup.prefix_bytes:
+        say("host memory holds a whole set of prefixes: runs will not count")
+    needed = SETS * setup.prefix_bytes
+    if room_bytes(folder) < 1.1 * needed:
+        raise SystemExit(
+            f"{needed / 2**30:.0f} GiB do not fit {args.folder}: take another --folder."
+        )
+
+
 def _systems(text: str) -> list[str]:
     found = [name for name in text.split(",") if name]
     unknown = set(found) - set(SYSTEMS)
@@ -276,7 +291,7 @@ def _environment(args: argparse.Namespace, setup: Setup, cases: Sequence[Case]) 
     metrics = {
         "cores": len(os.sched_getaffinity(0)),
         "kv_bytes_per_token": setup.token_bytes,
-        "ring_bytes": ring_bytes(setup),
+        "ring_bytes": setup.options["ring_bytes"],
         "answer_tokens": SMOKE_TOKENS if args.smoke else TOKENS,
         "prompt_tokens": sum(case.context_tokens for case in cases),
         "prefix_tokens": sum(case.hit_tokens for case in cases),

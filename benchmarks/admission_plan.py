@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks import results
 from benchmarks.command import clean
-from benchmarks.ttft_systems import CHUNK_TOKENS, Case
+from benchmarks.ttft_systems import Case
 
 SYSTEMS = ("staged", "at-once", "just-in-time", "recompute")
 LOADS = SYSTEMS[:3]
@@ -167,7 +167,3 @@ def said(runs: Sequence[Run], server_bytes_per_s: float) -> dict[str, Any]:
 
 def _why(runs: Sequence[Run]) -> str:
     return next(run.wrong for run in reversed(runs) if run.wrong)
-
-
-def chunks_of(tokens: int) -> int:
-    return tokens // CHUNK_TOKENS

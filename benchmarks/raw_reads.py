@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 
-_BUFFER_BYTES = 1 << 20
+_BUFFER_BYTES = 256 << 10
 _HEAD_END = b"\r\n\r\n"
 _PATIENCE_S = 10.0
 
@@ -17,6 +18,10 @@ class _Reader(threading.Thread):
     def __init__(self, port: int, path: str) -> None:
         super().__init__(daemon=True)
         self._sock = socket.create_connection(("127.0.0.1", port), _PATIENCE_S)
+        # Blocking, so that a whole buffer is received at once, without the interpreter; but not for ever.
+        self._sock.settimeout(None)
+        limit = struct.pack("@ll", int(_PATIENCE_S), 0)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
         self.counted, self.over, self.failed = 0, False, ""
 
@@ -27,7 +32,7 @@ class _Reader(threading.Thread):
                 self._sock.sendall(self._request)
                 left = self._begin(buffer)
                 while left and not self.over:
-                    count = self._sock.recv_into(buffer[:left])
+                    count = self._sock.recv_into(buffer[:left], 0, socket.MSG_WAITALL)
                     if not count:
                         raise OSError("the connection ended")
                     left -= count

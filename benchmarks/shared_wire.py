@@ -99,4 +99,4 @@ class Share:
             self._looked_at = now
             part = self._bodies / max(1, self._wire.all_bodies())
             self._rate = self._wire.bytes_per_s * part
-        self._bytes = min(self._bytes, max(PIECE_BYTES, self._rate * BURST_S))
+        self._bytes = min(self._bytes, PIECE_BYTES + self._rate * BURST_S)
