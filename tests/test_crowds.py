@@ -8,7 +8,7 @@ import pytest
 from smoke_runs import smoke_run
 from ttft_lab import ToyPlace, ToyProcess, a_setup
 
-from benchmarks.admission import Crowded, judged
+from benchmarks.admission import OPTIONS, Crowded, judged
 from benchmarks.admission_plan import (
     MIX,
     RATIOS,
@@ -26,7 +26,8 @@ from benchmarks.admission_plan import (
 )
 from benchmarks.admission_report import compared, write
 from benchmarks.results import read
-from benchmarks.ttft_systems import CHUNK_TOKENS, Case
+from benchmarks.ttft_systems import Case
+from objectcache.config import parse
 
 LAW = {"p50_ms": 27.0, "p99_ms": 114.0, "bytes_per_s": 85e6}
 SLOW, FAST = Scene(4, 10.0), Scene(16, 100.0)
@@ -186,9 +187,12 @@ def test_a_prefix_that_is_gone_does_not_count(toy: ToyCrowd, session: Crowded) -
 
 
 def test_the_engine_admits_early_and_its_timeouts_are_long(session: Crowded) -> None:
-    session.setup.options = {"admission": "just-in-time"}
-    assert session.kwargs()["kv_transfer_config"]["kv_load_failure_policy"] == "fail"
-    assert CHUNK_TOKENS == 256
+    session.setup.options = OPTIONS
+    transfer = session.kwargs()["kv_transfer_config"]
+    options = transfer["kv_connector_extra_config"]
+    assert transfer["kv_load_failure_policy"] == "fail" and options["admission"] == "just-in-time"
+    assert options["save"] and options["known_ttl_s"] == 0
+    parse({"url": "memory://x", **OPTIONS})  # the real engine knows them
 
 
 # ---- the whole, with a real engine
