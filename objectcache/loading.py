@@ -9,6 +9,7 @@ from objectcache.admission import Admission, Phase
 from objectcache.choosing import Choosing, Other, Prompt
 from objectcache.messages import StepReport
 from objectcache.metrics import Counters
+from objectcache.moment import AT_ONCE, STAGED
 from objectcache.report import log
 from objectcache.timely import Timely
 from objectcache.trace import Trace
@@ -184,13 +185,14 @@ class Loading:
             return
         assert tracked.job is not None
         name = tracked.request.request_id
-        if timely.admits and now >= tracked.next_moment_s:
+        if timely.admits and tracked.mode != STAGED and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
             alone = not any(one.admitted for one in self._requests.values())
-            moment = timely.when(tracked.job, tracked.request.num_tokens, end, now, alone)
+            tokens = tracked.request.num_tokens
+            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, alone)
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
-            believed = timely.left_s(tracked.job, now) <= most_s
+            believed = tracked.mode == AT_ONCE or timely.left_s(tracked.job, now) <= most_s
             if moment is not None and self._trace.weighed(name, moment, now) and believed:
                 log.debug("objectcache: request %s: %s", name, moment.tell(now))
                 self._judge(tracked, moment.staged_s, now)

@@ -116,7 +116,13 @@ class Timely:
         self._jobs.pop(job, None)
 
     def when(
-        self, job: int, prompt_tokens: int, loaded_tokens: int, now: float, alone: bool = False
+        self,
+        job: int,
+        prompt_tokens: int,
+        loaded_tokens: int,
+        now: float,
+        mode: str = JUST_IN_TIME,
+        alone: bool = False,
     ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
         known that all of its chunks are right. While it is `alone` on the GPU a short stall is nobody's
@@ -124,7 +130,7 @@ class Timely:
         found = self._jobs.get(job)
         if found is None or found.ready < 1:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now, alone)
+        return self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone)
 
     def expected(
         self, job: int, prompt_tokens: int, loaded_tokens: int, now: float
@@ -133,7 +139,8 @@ class Timely:
         found = self._jobs.get(job)
         if found is None:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now)
+        mode = JUST_IN_TIME if self.admits else STAGED
+        return self._moment(found, prompt_tokens, loaded_tokens, now, mode)
 
     def left_s(self, job: int, now: float) -> float:
         """Until all of a job is there if it goes on as lately: without what is expected of a store, which
@@ -153,15 +160,20 @@ class Timely:
         return [one for one in left if one > 0]
 
     def _moment(
-        self, job: _Job, prompt_tokens: int, loaded_tokens: int, now: float, alone: bool = False
+        self,
+        job: _Job,
+        prompt_tokens: int,
+        loaded_tokens: int,
+        now: float,
+        mode: str,
+        alone: bool = False,
     ) -> Moment:
         work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
         layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
         copy_s = max(self._slice_bytes) * job.chunks / BUS_BYTES_PER_S
-        mode = JUST_IN_TIME if self.admits else STAGED
         arrivals = job.coming.arrivals(now)
         found = moment(arrivals, now, layer_s, copy_s, mode)
-        if alone and not found.due(now):
+        if alone and mode == JUST_IN_TIME and not found.due(now):
             stalls_s = stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
             if early(found, now, stalls_s, next_ask_s=0.0, others=0):
                 # Sooner than is expected to be in time, so that the margin is below zero.

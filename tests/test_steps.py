@@ -74,7 +74,7 @@ def test_who_is_alone_does_not_wait_for_a_margin() -> None:
             one = timely()
             now = hundredths / 100
             bringing(one, LAYERS, now)
-            moment = one.when(1, 4000, 3000, now, alone)
+            moment = one.when(1, 4000, 3000, now, alone=alone)
             if moment is not None and moment.due(now):
                 soon[alone] = now
                 break
@@ -82,14 +82,14 @@ def test_who_is_alone_does_not_wait_for_a_margin() -> None:
     assert soon[False] >= soon[True] + 0.05
     one = timely()
     bringing(one, LAYERS, soon[True])
-    moment = one.when(1, 4000, 3000, soon[True], True)
+    moment = one.when(1, 4000, 3000, soon[True], alone=True)
     assert moment is not None and moment.margin_s < 0.0, "it says that it is before its time"
 
 
 def test_who_is_alone_waits_for_the_first_layer_of_all_its_chunks() -> None:
     one = timely()
     bringing(one, LAYERS, 0.05)
-    assert one.when(1, 4000, 3000, 0.05, True) is None
+    assert one.when(1, 4000, 3000, 0.05, alone=True) is None
 
 
 def test_a_prefix_is_expected_as_the_wire_was_measured() -> None:
