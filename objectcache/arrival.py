@@ -15,7 +15,7 @@ from itertools import accumulate
 from statistics import NormalDist
 from typing import NamedTuple
 
-from objectcache.flow import StoreModel
+from objectcache.flow import FULL_SHARE, StoreModel
 
 LATELY_S = 0.5  # time constant in which what was seen fades
 PRIOR_S = 0.03  # seconds of looking that a prior rate is worth
@@ -29,7 +29,6 @@ PACE_KEPT = 0.7  # with each layer, of what those before it count
 BODIES = 64  # of late, that tell the rate of a wire
 TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
 FORGET_S = 60.0  # after which a rate is not known any more
-FULL_SHARE = 0.7  # of what a connection can give: with less the wire is full
 _NORMAL = NormalDist()
 _ONE_SIGMA = _NORMAL.cdf(1.0)
 

@@ -33,6 +33,7 @@ SOONER = 0.9  # and by how much sooner their first bytes must come: else fewer a
 # Times the goodput of before, under the same limit: look at once if more will do. Less than MORE,
 # since the limit may be so far above what filled the wire, and shows no more of a wider one.
 CHANGED = 1.15
+FULL_SHARE = 0.7  # of what a connection can give: with less the wire is full
 LIKE = 1.5  # rounds whose mean bodies differ by more than this factor are not compared
 REST_ROUNDS, REST_ROUNDS_MAX = 8, 32  # between trials; doubles with each that did not pay
 CUT = 0.7  # on 503
@@ -249,6 +250,8 @@ class Flow:
 
     def _settle(self, seen: _Seen) -> None:
         """A round with the number as it is."""
+        if self._base >= self._most and self._flows_slowly():
+            self._meet_wire(seen)  # which else a trial with more would show
         known = self._known
         self._rest -= 1
         if known is None or not seen.like(known):
@@ -320,6 +323,11 @@ class Flow:
         else:
             self._turn()
         self._go(now, self._next(now) if self._rest == 0 else None)
+
+    def _flows_slowly(self) -> bool:
+        """Whether bodies flow slower lately than one that had the wire for itself."""
+        late_bytes, late_s = self._telling
+        return late_bytes < FULL_SHARE * self._connection_best * late_s
 
     def _meet_wire(self, known: _Seen) -> None:
         self._wire_met = True

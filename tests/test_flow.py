@@ -151,6 +151,28 @@ def test_where_one_doubling_is_all_it_begins_with_that(most: int, begins: int) -
     assert flow.limit(2000.0) == begins  # after a long pause, as at first
 
 
+@pytest.mark.parametrize("wire", [4 * RATE, 10 * RATE])
+def test_what_begins_with_all_meets_the_wire_all_the_same(wire: float) -> None:
+    """Lone bodies have shown what a connection gives; no trial with more will show the wire."""
+    flow = Flow(56)
+    reader = client(flow, 4 * MIB, wire_bytes_per_s=wire)
+    for _ in range(4):
+        reader.read(1)
+        reader.line.run(reader.line.now + 1.0)
+    assert flow.model().connection_bytes_per_s > 0.9 * RATE
+    reader.read(224)
+    reader.line.run(reader.line.now + 60.0)
+    assert 0.7 * wire < flow.model().wire_bytes_per_s < 1.4 * wire
+
+
+def test_what_begins_with_all_sees_no_wire_where_none_is() -> None:
+    flow = Flow(56)
+    reader = client(flow, 4 * MIB)
+    reader.read(500)
+    reader.line.run(60.0)
+    assert flow.model().wire_bytes_per_s == math.inf
+
+
 def test_bursts_teach_and_pauses_do_not() -> None:
     flow = Flow(MOST)
     reader = client(flow)
