@@ -55,8 +55,7 @@ class Exchange:
     """One request and its answer. `accept(head)`, in the thread, says where the body goes; None: nowhere.
 
     With `sock` the request goes by that connection, else by a new one to `peer`. After the end,
-    `sock` is the connection if it can carry another request, else None. `bare`: the answer has no body, whatever
-    length its head tells (HEAD); its sink is empty.
+    `sock` is the connection if it can carry another request, else None.
     """
 
     def __init__(
@@ -65,12 +64,10 @@ class Exchange:
         peer: Peer,
         accept: Callable[[Head], Sink | None],
         sock: socket.socket | None = None,
-        bare: bool = False,
     ) -> None:
         self.peer = peer
         self.accept = accept
         self.sock = sock
-        self.bare = bare
         self.end = End.DROPPED
         self.error: BaseException | None = None
         self.answered = False  # some byte of an answer came
@@ -394,8 +391,7 @@ class _Crew:
             return
         size = len(sink.view)
         first = head.rest[:size]
-        fits = exchange.bare or head.length == size
-        exchange.keep = head.keep and fits and len(head.rest) <= size
+        exchange.keep = head.keep and head.length == size and len(head.rest) <= size
         exchange.view, exchange.landed = sink.view, sink.landed
         exchange.view[: len(first)] = first
         exchange.have = len(first)

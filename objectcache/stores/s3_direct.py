@@ -9,6 +9,7 @@ replaced once, uncounted, as aiohttp does below the library path.)
 
 import asyncio
 import logging
+import math
 import os
 import re
 import time
@@ -21,6 +22,7 @@ from objectcache import __version__
 from objectcache.config import Options
 from objectcache.errors import Corrupt, Unavailable
 from objectcache.order import Turns
+from objectcache.stores.asker import Asker
 from objectcache.stores.attempts import Failed
 from objectcache.stores.base import Pace, Store, StoreCounters, check_key
 from objectcache.stores.connections import Connections, LookUp, Unresolved
@@ -38,6 +40,7 @@ _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is ther
 THREADS = min(4, max(1, (os.cpu_count() or 1) // 2))
 _ERROR_BYTES_MAX = 16 << 10  # of an error's body that is read for its code
 _CODE = re.compile(rb"<Code>([A-Za-z0-9._-]{1,64})</Code>")
+_KEYS_S = 1.0  # credentials are used so long before the chain is asked again: it renews them minutes before they end
 _OTHER_PEERS = 3  # most addresses tried in one attempt after the first
 _JUDGED = {404, 412, 429}  # and 5xx: what these mean the status and the code say
 
@@ -66,9 +69,7 @@ class _Read(_Call):
 
 
 class _Told:
-    """What the answer to one HEAD tells. `accept` runs in a receiver's thread."""
-
-    bare = True  # no body comes
+    """What the answer to one HEAD tells. No body comes, whatever length is told."""
 
     def __init__(self, call: _Call) -> None:
         self.call = call
@@ -82,7 +83,7 @@ class _Told:
             self.odd = f"answers {head.status}"
         elif head.status == 200 and head.length is None:
             self.odd = "answers HEAD without Content-Length"
-        return Sink(memoryview(self.said))
+        return None
 
     def sent(self, exchange: Exchange) -> None:
         """This is on its way."""
@@ -97,12 +98,10 @@ class _Told:
 
 
 class _Answer(_Told):
-    """What the answer to one request of a read is taken for.
+    """What the answer to one request of a read is taken for. `accept` runs in a receiver's thread.
 
     Only who has claimed the memory touches the fill; the answer to another request may come meanwhile.
     """
-
-    bare = False
 
     def __init__(self, read: _Read, leg: Leg) -> None:
         super().__init__(read)
@@ -197,7 +196,10 @@ class DirectStore(Store):
         self._look_up = look_up
         self._connect_s = options.connect_timeout_ms / 1000
         self._receiver = Receiver(threads, self._connect_s, options.read_timeout_ms / 1000)
+        self._asker = Asker(self._connect_s, options.read_timeout_ms / 1000)
         self._endpoint: _Endpoint | None = None
+        self._keys: Credentials | None = None
+        self._renew_at = -math.inf
         self._said: set[str] = set()  # reasons for handing over that are in the log
         self._closed = False
 
@@ -244,7 +246,8 @@ class DirectStore(Store):
     async def close(self) -> None:
         self._closed = True
         if self._endpoint is not None:
-            self._endpoint.connections.close()
+            self._endpoint.close()
+        self._asker.close()
         await self._receiver.close()
         await self._others.close()
         await self._library.close()
@@ -278,10 +281,20 @@ class DirectStore(Store):
         if self._endpoint is None:
             address = await self._library.address()
             if self._endpoint is None:
-                where = address.host, address.port
-                connections = Connections(*where, self._most, self._connect_s, self._look_up)
-                self._endpoint = _Endpoint(address, connections)
+                self._endpoint = _Endpoint(
+                    address, self._connections(address), self._connections(address)
+                )
         return self._endpoint
+
+    def _connections(self, address: Address) -> Connections:
+        return Connections(address.host, address.port, self._most, self._connect_s, self._look_up)
+
+    async def _credentials(self) -> Credentials | None:
+        """As the library path's; asked for a burst of requests once."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._renew_at:
+            self._keys, self._renew_at = await self._library.credentials(), now + _KEYS_S
+        return self._keys
 
     def _is_closed(self) -> Unavailable:
         return Unavailable(f"{self.name} is closed.")
@@ -309,7 +322,7 @@ class DirectStore(Store):
     async def _size(self, endpoint: "_Endpoint", call: _Call, until: float) -> int:
         """A HEAD. The size that is told."""
         if not call.handed_over:
-            credentials = await self._library.credentials()
+            credentials = await self._credentials()
             if self._closed:
                 raise self._is_closed()
             call.used.clear()
@@ -317,7 +330,7 @@ class DirectStore(Store):
             self.counters.head_requests += 1
             silence_s = self._library.attempts.silence_s
             until = min(until, asyncio.get_running_loop().time() + silence_s)
-            exchange = await self._exchange(endpoint.connections, request, told, until)
+            exchange = await self._exchange(self._asker, endpoint.heads, request, told, until)
             if exchange.end is End.LATE:  # of so little that is silence
                 exchange.end = End.SILENT
             odd = self._judge(told, exchange)
@@ -334,7 +347,7 @@ class DirectStore(Store):
     async def _get(self, endpoint: "_Endpoint", read: _Read, until: float) -> str:
         """A GET of what is missing, a second one if it is late. What is odd about the answer, "" if
         it was received well."""
-        credentials = await self._library.credentials()
+        credentials = await self._credentials()
         if self._closed:
             raise self._is_closed()
         read.used.clear()
@@ -353,7 +366,9 @@ class DirectStore(Store):
             return ""
         request, answer = endpoint.get(read.key, read.fill, credentials), _Answer(read, leg)
         self.counters.get_requests += 1
-        exchange = await self._exchange(endpoint.connections, request, answer, until)
+        exchange = await self._exchange(
+            self._receiver, endpoint.connections, request, answer, until
+        )
         if answer.lost:
             raise Lost
         odd = self._judge(answer, exchange)
@@ -363,7 +378,12 @@ class DirectStore(Store):
         return odd
 
     async def _exchange(
-        self, connections: Connections, request: bytes, answer: _Told, until: float
+        self,
+        by: Receiver | Asker,
+        connections: Connections,
+        request: bytes,
+        answer: _Told,
+        until: float,
     ) -> Exchange:
         """Send it by a kept connection or by a new one, to wherever one can be had. Raises Failed if
         the name has no address."""
@@ -376,10 +396,10 @@ class DirectStore(Store):
         kept = sock
         while True:
             answer.call.used.append(peer)
-            exchange = Exchange(request, peer, answer.accept, sock, answer.bare)
+            exchange = Exchange(request, peer, answer.accept, sock)
             answer.sent(exchange)
             try:
-                await self._receiver.run(exchange, until - loop.time())
+                await by.run(exchange, until - loop.time())
             except asyncio.CancelledError:
                 if exchange.connecting and answer.given_up():  # all that time
                     connections.reached(peer, False)
@@ -425,15 +445,21 @@ class DirectStore(Store):
 
 
 class _Endpoint:
-    """Where requests go and how they are written; `why_not` says why they cannot go from here."""
+    """Where requests go and how they are written; `why_not` says why they cannot go from here. The
+    connections for HEAD are others: the loop knows them."""
 
-    def __init__(self, address: Address, connections: Connections) -> None:
+    def __init__(self, address: Address, connections: Connections, heads: Connections) -> None:
         host = host_header(address.host, address.port)
         self.connections = connections
+        self.heads = heads
         self.why_not = _why_not(address)
         self._path = address.path
         self._signer = Signer(host, address.region)
         self._fixed = f"Host: {host}\r\nUser-Agent: objectcache/{__version__}\r\n"
+
+    def close(self) -> None:
+        self.connections.close()
+        self.heads.close()
 
     def get(self, key: str, fill: Fill, credentials: Credentials | None) -> bytes:
         """The GET of what `fill` lacks. It holds a signature and a token: not to be logged."""
