@@ -3,7 +3,7 @@
 Commands and answers are JSON, one a line. Commands are the steps of engine.py, and
 
 * `{"do": "start", "kwargs": {LLM arguments}}` and `{"do": "stop"}`: one engine at a time;
-* `{"do": "decodes", ...}`: see decodes.py.
+* `{"do": "decodes", ...}`: see decodes.py; `{"do": "crowd", ...}`: see crowd.py.
 
 An answer is what the step returns, or `{"error": ...}`. All that vLLM prints goes to the log.
 """
@@ -177,6 +177,10 @@ class _Child:
             from benchmarks.decodes import beside
 
             return beside(self._engine, **{k: v for k, v in command.items() if k != "do"})
+        if command["do"] == "crowd":
+            from benchmarks.crowd import crowd
+
+            return crowd(self._engine, **{k: v for k, v in command.items() if k != "do"})
         return self._engine.run(command)
 
 

@@ -3,16 +3,18 @@
     python -m benchmarks.s3_like --objects DIR --port 9008     (or the class S3Like)
 
 GET and HEAD of the files DIR/<bucket>/<key>, with ranges, If-Match and keep-alive; signatures are
-ignored, nothing can be written. Each answer waits for a time drawn from a lognormal law with the
+ignored. With --writable also PUT, at once and with If-None-Match. Each answer waits for a time drawn from a lognormal law with the
 given median and 99th percentile; the body then comes at the given rate, which the kernel keeps
 (SO_MAX_PACING_RATE). Above `requests_per_s` an answer is 503 SlowDown at once. The listening port
-is shared by several processes; the limit on requests is shared out among them, so it is exact only
+is shared by several processes; so is the wire, whose rate all bodies together keep, and which
+may be changed while it serves (shared_wire.py); the limit on requests is shared out among them, so it is exact only
 for clients with many connections.
 """
 
 import argparse
 import email.utils
 import heapq
+import itertools
 import math
 import mmap
 import os
@@ -23,12 +25,15 @@ import socket
 import struct
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.servers import Process, Server, ServerError, die_with_parent, free_ports
+from benchmarks.shared_wire import Share, Wire
+from benchmarks.upload import Upload, refusal
 
 FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS = 27.0, 114.0
 BYTES_PER_S = 85_000_000  # of one connection
@@ -77,11 +82,13 @@ class S3Like(Server):
             "port": self.port,
             "processes": self._processes,
             "counts": self._counts,
+            "wire": self._wire_file,
             **self._law,
         }
         command = [sys.executable, "-m", "benchmarks.s3_like"]
         for name, value in options.items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            flag = f"--{name.replace('_', '-')}"
+            command += [flag] * bool(value) if isinstance(value, bool) else [flag, str(value)]
         package = str(Path(__file__).resolve().parent.parent)
         env = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": package}
         self._process = Process(command, self.root / "s3-like.log", env)
@@ -113,6 +120,14 @@ class S3Like(Server):
         rows = [_COUNTS.unpack_from(data, at) for at in range(0, len(data), _COUNTS.size)]
         return Counts(*(sum(column) for column in zip(*rows, strict=True)))
 
+    def set_wire(self, bytes_per_s: float) -> None:
+        """All bodies together come at this rate from now on; 0: no limit."""
+        Wire(self._wire_file, self._processes).bytes_per_s = bytes_per_s
+
+    @property
+    def _wire_file(self) -> Path:
+        return self.root / "wire"
+
     @property
     def _counts(self) -> Path:
         return self.root / "counts"
@@ -126,6 +141,7 @@ class _Settings:
     p99_ms: float
     bytes_per_s: int
     requests_per_s: float  # of one process; 0 for no limit
+    writable: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,13 +162,17 @@ class _Connection:
     at: int = 0
     left: int = 0
     writing: bool = False
+    sends: bool = False  # a body, in the sight of the wire
+    upload: Upload | None = None
 
 
 class _Worker:
     """One process: a loop over its connections. Answers of one connection never overlap."""
 
-    def __init__(self, settings: _Settings, number: int, counts: memoryview) -> None:
-        self._settings, self._counts = settings, counts
+    def __init__(self, settings: _Settings, number: int, counts: memoryview, share: Share) -> None:
+        self._settings, self._counts, self._share = settings, counts, share
+        self._number, self._uploads = number, itertools.count()
+        self._held: deque[_Connection] = deque()  # whose turn on the wire is to come
         self._requests = self._sent = self._throttled = 0
         self._chance = random.Random(number)
         self._sigma = sigma(settings.p50_ms, settings.p99_ms) if settings.p50_ms else 0.0
@@ -167,6 +187,8 @@ class _Worker:
         while True:
             now = time.monotonic()
             wait_s = max(0.0, self._due[0][0] - now) if self._due else None
+            if self._held:
+                wait_s = min(self._share.wait_s(), wait_s if wait_s is not None else math.inf)
             for key, events in self._selector.select(wait_s):
                 connection: Any = key.data
                 if connection is None:
@@ -181,12 +203,17 @@ class _Worker:
                     self._close(connection)
             now = time.monotonic()
             while self._due and self._due[0][0] <= now:
-                connection = heapq.heappop(self._due)[2]
-                if connection.sock.fileno() >= 0:
-                    try:
-                        self._write(connection)
-                    except OSError:
-                        self._close(connection)
+                self._go_on(heapq.heappop(self._due)[2])
+            for _ in range(len(self._held)):
+                if self._held and self._share.wait_s() == 0.0:
+                    self._go_on(self._held.popleft())
+
+    def _go_on(self, connection: _Connection) -> None:
+        if connection.sock.fileno() >= 0:
+            try:
+                self._write(connection)
+            except OSError:
+                self._close(connection)
 
     def _accept(self, listener: socket.socket) -> None:
         with suppress(BlockingIOError):
@@ -203,19 +230,55 @@ class _Worker:
         with suppress(KeyError, ValueError):
             self._selector.unregister(connection.sock)
         connection.sock.close()
+        self._sends(connection, False)
+        if connection.upload is not None:
+            connection.upload.drop()
+            connection.upload = None
+
+    def _sends(self, connection: _Connection, sends: bool) -> None:
+        if sends != connection.sends:
+            connection.sends = sends
+            (self._share.begins if sends else self._share.ends)()
 
     def _read(self, connection: _Connection) -> None:
         if connection.sock.fileno() < 0:
             return
         try:
-            data = connection.sock.recv(_HEAD_BYTES_MAX)
+            most = _HEAD_BYTES_MAX if connection.upload is None else _PIECE_BYTES
+            data = connection.sock.recv(most)
         except BlockingIOError:
+            return
+        if data and connection.upload is not None:
+            self._receive(connection, connection.upload, data)
             return
         connection.received += data
         if not data or len(connection.received) > _HEAD_BYTES_MAX:
             self._close(connection)
             return
         self._next(connection)
+
+    def _receive(self, connection: _Connection, upload: Upload, data: bytes) -> None:
+        """Part of a body, and perhaps more behind."""
+        connection.received += upload.receive(data)
+        if not upload.left:
+            connection.upload = None
+            connection.head = _head(upload.end(), b"", 'ETag: "put"\r\n')
+            self._count(1, 0)
+            self._write(connection)
+
+    def _begin_upload(self, connection: _Connection, path: str, headers: dict[str, str]) -> None:
+        status = refusal(path, headers)
+        if status:
+            connection.head = _head(status, b"")
+            self._write(connection)
+            return
+        target = self._settings.objects.joinpath(*path.strip("/").split("/"))
+        mark = f"{self._number}-{next(self._uploads)}"
+        connection.upload = Upload(target, headers, mark)
+        if "100-continue" in headers.get("expect", "").lower():
+            connection.sock.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        had, connection.received = bytes(connection.received), bytearray()
+        self._receive(connection, connection.upload, had)
 
     def _next(self, connection: _Connection) -> None:
         """Begin to answer the request that was received, if it is whole."""
@@ -225,17 +288,22 @@ class _Worker:
         text = bytes(connection.received[:end]).decode("latin-1")
         del connection.received[: end + 4]
         connection.busy = True
-        delay_s = self._answer(connection, text)
-        self._count(1, 0)
-        self._order += 1
-        heapq.heappush(self._due, (time.monotonic() + delay_s, self._order, connection))
-
-    def _answer(self, connection: _Connection, text: str) -> float:
-        """Prepare the answer; after how many seconds it begins."""
         first, *lines = text.split("\r\n")
         method, _, rest = first.partition(" ")
         path = rest.split(" ")[0].split("?")[0]
         headers = {n.lower(): v.strip() for n, _, v in (line.partition(":") for line in lines)}
+        if method == "PUT" and self._settings.writable:
+            self._begin_upload(connection, path, headers)
+            return
+        delay_s = self._answer(connection, method, path, headers)
+        self._count(1, 0)
+        self._order += 1
+        heapq.heappush(self._due, (time.monotonic() + delay_s, self._order, connection))
+
+    def _answer(
+        self, connection: _Connection, method: str, path: str, headers: dict[str, str]
+    ) -> float:
+        """Prepare the answer; after how many seconds it begins."""
         connection.file, connection.left = None, 0
         if not self._may():
             self._throttled += 1
@@ -280,24 +348,43 @@ class _Worker:
             except BlockingIOError:
                 sent = 0
             connection.head = connection.head[sent:]
+        waits = bool(connection.head)  # for the socket, not for the wire
         if not connection.head and connection.left:
-            assert connection.file is not None
-            size = min(connection.left, _PIECE_BYTES)
-            with suppress(BlockingIOError):
+            self._sends(connection, True)
+            waits = self._send(connection)
+        if waits != connection.writing:
+            connection.writing = waits
+            events = selectors.EVENT_WRITE if waits else selectors.EVENT_READ
+            self._selector.modify(connection.sock, events, connection)
+        if not connection.head and not connection.left:
+            self._sends(connection, False)
+            connection.busy = False
+            self._next(connection)
+
+    def _send(self, connection: _Connection) -> bool:
+        """A piece of the body, or its turn on the wire is still to come; whether the socket has no room for more."""
+        assert connection.file is not None
+        limited = self._share.limits
+        size = min(connection.left, _PIECE_BYTES)
+        if limited:
+            size = self._share.take(size)
+        sent, full = 0, False
+        if size:
+            try:
                 sent = os.sendfile(
                     connection.sock.fileno(), connection.file.fd, connection.at, size
                 )
-                connection.at += sent
-                connection.left -= sent
-                self._count(0, sent)
-        unfinished = bool(connection.head or connection.left)
-        if unfinished != connection.writing:
-            connection.writing = unfinished
-            events = selectors.EVENT_WRITE if unfinished else selectors.EVENT_READ
-            self._selector.modify(connection.sock, events, connection)
-        if not unfinished:
-            connection.busy = False
-            self._next(connection)
+            except BlockingIOError:
+                full = True
+            connection.at += sent
+            connection.left -= sent
+            self._count(0, sent)
+        if limited:
+            self._share.give_back(size - sent)
+            if connection.left and not full:
+                self._held.append(connection)
+            return full
+        return connection.left > 0
 
     def _may(self) -> bool:
         """Whether a request more is within the limit."""
@@ -316,7 +403,10 @@ class _Worker:
 
     def _file(self, path: str) -> _File | None:
         if path not in self._files:
-            self._files[path] = self._opened(path)
+            found = self._opened(path)
+            if found is None and self._settings.writable:
+                return None  # it may come
+            self._files[path] = found
         return self._files[path]
 
     def _opened(self, path: str) -> _File | None:
@@ -366,7 +456,11 @@ def main() -> None:
     parser.add_argument("--p99-ms", type=float, default=FIRST_BYTE_P99_MS)
     parser.add_argument("--bytes-per-s", type=float, default=BYTES_PER_S, help="0: no limit")
     parser.add_argument("--requests-per-s", type=float, default=0.0, help="0: no limit")
+    parser.add_argument("--wire", type=Path, required=True, help="file for the wire's rate")
+    parser.add_argument("--wire-bytes-per-s", type=float, default=0.0, help="0: no limit")
+    parser.add_argument("--writable", action="store_true", help="PUT is allowed")
     args = parser.parse_args()
+    Wire.make(args.wire, args.processes, args.wire_bytes_per_s)
     args.counts.write_bytes(bytes(_COUNTS.size * args.processes))
     with args.counts.open("r+b") as file:
         counts = memoryview(mmap.mmap(file.fileno(), 0))
@@ -378,6 +472,7 @@ def main() -> None:
         p99_ms=args.p99_ms,
         bytes_per_s=int(args.bytes_per_s),
         requests_per_s=args.requests_per_s / args.processes,
+        writable=args.writable,
     )
     number = 0
     for number in range(1, args.processes):  # noqa: B007  the last one is this process
@@ -390,7 +485,8 @@ def main() -> None:
         if other != number:
             listener.close()
     mine = counts[number * _COUNTS.size : (number + 1) * _COUNTS.size]
-    _Worker(settings, number, mine).run(listeners[number])
+    share = Share(Wire(args.wire, args.processes), number)
+    _Worker(settings, number, mine, share).run(listeners[number])
 
 
 if __name__ == "__main__":

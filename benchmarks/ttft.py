@@ -43,7 +43,6 @@ import argparse
 import importlib.util
 import json
 import os
-import secrets
 import signal
 import sys
 import tempfile
@@ -57,7 +56,6 @@ from benchmarks import command, results
 from benchmarks.command import clean, say
 from benchmarks.live_engine import EngineGone, Processes
 from benchmarks.servers import ServerError
-from benchmarks.tiny_model import ModelShape, write_model
 from benchmarks.ttft_plan import Plan, Wanted, cases_of, planned, said, told, written
 from benchmarks.ttft_stores import (
     LOCAL,
@@ -71,7 +69,6 @@ from benchmarks.ttft_stores import (
 from benchmarks.ttft_systems import (
     WARM_UP,
     Case,
-    Prompts,
     Reading,
     S3Tier,
     Sample,
@@ -79,6 +76,7 @@ from benchmarks.ttft_systems import (
     Session,
     Setup,
     beside,
+    make_setup,
     ring_bytes,
 )
 
@@ -262,7 +260,7 @@ def measure(args: argparse.Namespace) -> int:
             for name in needed
             if name != "none"
         }
-        setup = _setup(args, folder, cases)
+        setup = make_setup(args.smoke, args.engine, args.options, folder, cases)
         if args.trace is not None:
             args.trace.mkdir(parents=True, exist_ok=True)
             setup.traces = args.trace.resolve()
@@ -347,32 +345,6 @@ def _place(args: argparse.Namespace, name: str, folder: Path) -> Any:
     if args.bucket:
         return somebodys_place(name, args.bucket, args.endpoint_url, args.region)
     return local_place(name, folder)
-
-
-def _setup(args: argparse.Namespace, folder: Path, cases: Sequence[Case]) -> Setup:
-    nonce = secrets.token_hex(8)
-    if args.smoke:
-        shape = ModelShape()
-        model = write_model(folder / "model", shape)
-        token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_size * 4
-        return Setup(
-            model, args.engine, args.options, Prompts(shape.vocab, nonce), token_bytes, cases
-        )
-    from benchmarks.steps import GEOMETRY
-
-    model = folder / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(GEOMETRY))
-    values = 2 * GEOMETRY["num_hidden_layers"] * GEOMETRY["num_key_value_heads"]
-    engine: dict[str, Any] = {
-        **{"load_format": "dummy", "dtype": "auto", "enforce_eager": False},
-        **{"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.85},
-        **{"worker_extension_cls": "", "skip_tokenizer_init": True},
-        "max_model_len": max(case.context_tokens for case in cases) + 4096,
-    }
-    prompts = Prompts(GEOMETRY["vocab_size"], nonce)
-    token_bytes = values * GEOMETRY["head_dim"] * 2
-    return Setup(model, engine | args.engine, args.options, prompts, token_bytes, cases)
 
 
 def _affordable(

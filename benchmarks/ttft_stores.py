@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.nginx import Nginx, nginx_absent
+from benchmarks.s3_like import S3Like
 from benchmarks.servers import REGION, SeaweedFS, Server, binary
 
 BUCKET = "ttft"
@@ -181,6 +182,18 @@ def local_place(name: str, folder: Path) -> Iterator[Place]:
         weed = SeaweedFS(folder / name, BUCKET, _PIECE_MIB, _VOLUME_MIB)
         with weed:
             yield Weed(weed, name, BUCKET, "kv", _client_of(weed), **_known(weed))
+
+
+@contextmanager
+def s3_like_place(
+    folder: Path, processes: int, law: Mapping[str, float]
+) -> Iterator[tuple[Place, S3Like]]:
+    """A server as slow as S3 that takes uploads at once, its objects below `folder`; and the server. Raises ServerError."""
+    objects = folder / "objects" / BUCKET
+    objects.mkdir(parents=True)
+    name = "s3-like"
+    with S3Like(folder / name, BUCKET, objects.parent, processes, writable=True, **law) as server:
+        yield Files(objects, name, BUCKET, "kv", _client_of(server), **_known(server)), server
 
 
 def _client(**known: Any) -> Any:

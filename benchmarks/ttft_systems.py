@@ -7,6 +7,8 @@ all or of files of results: ttft.py does.
 from __future__ import annotations
 
 import hashlib
+import json
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any, ClassVar
 
 from benchmarks.decodes import summary
 from benchmarks.live_engine import EngineProcess
-from benchmarks.tiny_model import ModelShape, prompt_tokens
+from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 from benchmarks.ttft_stores import Place
 
 CHUNK_TOKENS = 256
@@ -89,6 +91,39 @@ class Setup:
     def prefix_bytes(self) -> int:
         """Of one prefix for each case."""
         return sum(case.hit_tokens for case in self.cases) * self.token_bytes
+
+
+def make_setup(
+    smoke: bool,
+    engine_changes: Mapping[str, Any],
+    options: Mapping[str, Any],
+    folder: Path,
+    cases: Sequence[Case],
+) -> Setup:
+    """A model in `folder`: a tiny one that is written, or the geometry of one with random weights."""
+    nonce = secrets.token_hex(8)
+    if smoke:
+        shape = ModelShape()
+        model = write_model(folder / "model", shape)
+        token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_size * 4
+        return Setup(
+            model, engine_changes, options, Prompts(shape.vocab, nonce), token_bytes, cases
+        )
+    from benchmarks.steps import GEOMETRY
+
+    model = folder / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(GEOMETRY))
+    values = 2 * GEOMETRY["num_hidden_layers"] * GEOMETRY["num_key_value_heads"]
+    engine: dict[str, Any] = {
+        **{"load_format": "dummy", "dtype": "auto", "enforce_eager": False},
+        **{"kv_cache_memory_bytes": None, "gpu_memory_utilization": 0.85},
+        **{"worker_extension_cls": "", "skip_tokenizer_init": True},
+        "max_model_len": max(case.context_tokens for case in cases) + 4096,
+    }
+    prompts = Prompts(GEOMETRY["vocab_size"], nonce)
+    token_bytes = values * GEOMETRY["head_dim"] * 2
+    return Setup(model, engine | engine_changes, options, prompts, token_bytes, cases)
 
 
 @dataclass
@@ -287,7 +322,7 @@ class Ours(Session):
             "kv_connector_module_path": "objectcache.connector",
             # vLLM does not recompute rightly what a running request lacks.
             "kv_load_failure_policy": (
-                "fail" if self.setup.options.get("admission") == "just-in-time" else "recompute"
+                "recompute" if self.setup.options.get("admission", "staged") == "staged" else "fail"
             ),
             "kv_connector_extra_config": options | dict(self.setup.options),
         }

@@ -12,7 +12,7 @@ from objectcache import worth
 from objectcache.compute import Work, decodes, prefill
 from objectcache.errors import Misconfigured
 from objectcache.timely import Timely
-from objectcache.wire import Wire, slowest
+from objectcache.wire import Wire
 
 DEADLINE = "objectcache.deadline_ms"  # in a request's kv_transfer_params
 DEADLINE_MOST_MS = 86_400_000.0
@@ -57,14 +57,7 @@ class Choosing:
         self._object_bytes = object_bytes
         self._layers = layers
         self._room_chunks = room_chunks
-        self._wires: dict[int, Wire] = {}
-        self._wire: Wire | None = None
         self._use = worth.Usefulness()
-
-    def heard(self, shard: int, wire: Wire) -> None:
-        """What the ranks with this shard measured."""
-        self._wires[shard] = wire
-        self._wire = slowest(list(self._wires.values()))
 
     def choose(
         self, prompt: Prompt, others: Iterable[Other], waiting_chunks: list[int], now: float
@@ -73,7 +66,8 @@ class Choosing:
 
         `waiting_chunks` are those of each load that was chosen and has not begun.
         """
-        if self._wire is None:
+        wire = self._timely.wire
+        if wire is None:
             return "nothing was read yet that tells what the wire gives"
         hit = worth.Hit(
             prompt.tokens,
@@ -83,7 +77,7 @@ class Choosing:
             self._object_bytes,
             self._layers,
         )
-        met = self._meets(self._wire, others, waiting_chunks, now)
+        met = self._meets(wire, others, waiting_chunks, now)
         compute, deadline_s = self._timely.compute, prompt.deadline_s - now
         choice = worth.choose(hit, met, compute, deadline_s=deadline_s)
         alone = choice.nothing.compute

@@ -40,7 +40,11 @@ class Options:
         "Name of the weights, in place of a digest of the files. Engines that share chunks must "
         "have equal weights if they have equal names: change it with every change of the weights.",
     )
-    save: bool = _option(True, "Write new chunks back. `false` reads only.")
+    save: bool = _option(
+        True,
+        "Write new chunks back. `false` reads only. A request may say so for itself, by "
+        "`objectcache.save` in its `kv_transfer_params`.",
+    )
     ring_bytes: int = _option(
         4 << 30,
         "Host memory for chunks on their way, in bytes or as `4GiB`; pinned when there is a GPU. "
@@ -82,10 +86,12 @@ class Options:
     admission: str = _option(
         "staged",
         "When a prompt is admitted whose prefix is on its way: `staged`, when all of it lies verified in "
-        "host memory, or `just-in-time`, when the layers still missing will be there before they are "
-        "needed. The latter needs vLLM's `kv_load_failure_policy` to be `fail`: a request whose last "
-        "layers then do not come ends with an error.",
-        choices=("staged", "just-in-time"),
+        "host memory, `just-in-time`, when the layers still missing will be there before they are "
+        "needed, or `at-once`, when its first layer is there; the steps then wait for the others, and all "
+        "running requests with them. The last two need vLLM's `kv_load_failure_policy` to be `fail`: a "
+        "request whose last layers then do not come ends with an error. On such an engine a request may "
+        "choose for itself, by `objectcache.admission` in its `kv_transfer_params`.",
+        choices=("staged", "just-in-time", "at-once"),
     )
     load: str = _option(
         "always",
@@ -97,7 +103,7 @@ class Options:
     )
     late_timeout_ms: int = _option(
         2000,
-        "How long a step may wait for a layer of a prompt that was admitted just in time; then that "
+        "How long a step may wait for a layer of a prompt that was admitted before all was there; then that "
         "request ends with an error.",
         low=1,
         high=60_000,

@@ -26,6 +26,7 @@ from objectcache.errors import Misconfigured
 from objectcache.keys import Namespace
 from objectcache.messages import Coming, StepCommands, StepReport, WorkerPlace
 from objectcache.metrics import ObjectCachePromMetrics, ObjectCacheStats
+from objectcache.moment import STAGED
 from objectcache.pages import layer_pages
 from objectcache.report import log
 from objectcache.scheduler import SchedulerHalf
@@ -60,9 +61,9 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         self._options = parse(self._kv_transfer_config.kv_connector_extra_config)
-        if self._options.admission == "just-in-time" and self._may_stream:
+        if self._options.admission != STAGED and self._may_stream:
             raise Misconfigured(
-                "option 'admission' is just-in-time, and kv_load_failure_policy is recompute: vLLM does "
+                f"option 'admission' is {self._options.admission}, and kv_load_failure_policy is recompute: vLLM does "
                 "not recompute rightly what a running request lacks.",
                 "set kv_load_failure_policy to fail, or admission to staged.",
             )
@@ -94,7 +95,7 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
         return self._kv_transfer_config.kv_load_failure_policy == "recompute"
 
     def _timely(self, places: list[WorkerPlace]) -> Timely | None:
-        in_time = self._options.admission == "just-in-time"
+        in_time = self._options.admission != STAGED
         if not in_time and self._options.load == "always":
             return None
         most = self._vllm_config.scheduler_config.max_num_batched_tokens

@@ -9,6 +9,7 @@ from objectcache.admission import Admission, Phase
 from objectcache.choosing import Choosing, Other, Prompt
 from objectcache.messages import StepReport
 from objectcache.metrics import Counters
+from objectcache.moment import AT_ONCE, STAGED
 from objectcache.report import log
 from objectcache.timely import Timely
 from objectcache.trace import Trace
@@ -184,12 +185,14 @@ class Loading:
             return
         assert tracked.job is not None
         name = tracked.request.request_id
-        if timely.admits and now >= tracked.next_moment_s:
+        if timely.admits and tracked.mode != STAGED and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
-            moment = timely.when(tracked.job, tracked.request.num_tokens, end, now)
+            alone = not any(one.admitted for one in self._requests.values())
+            tokens = tracked.request.num_tokens
+            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, alone)
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
-            believed = timely.left_s(tracked.job, now) <= most_s
+            believed = tracked.mode == AT_ONCE or timely.left_s(tracked.job, now) <= most_s
             if moment is not None and self._trace.weighed(name, moment, now) and believed:
                 log.debug("objectcache: request %s: %s", name, moment.tell(now))
                 self._judge(tracked, moment.staged_s, now)
@@ -268,8 +271,8 @@ class Loading:
             for name, tokens in scheduled.items()
             if name in self._requests
         }
-        if len(contexts) == len(scheduled):  # else there is work of which nothing is known
-            self.timely.scheduled(self._step, contexts, now)
+        known = len(contexts) == len(scheduled)  # else there is work of which nothing is known
+        self.timely.scheduled(self._step, contexts if known else None, now)
         return self._step
 
     def reported(self, report: StepReport, now: float) -> None:
@@ -282,5 +285,4 @@ class Loading:
         for coming in report.coming:
             self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for shard, wire in report.wires:
-            if self.choosing is not None:
-                self.choosing.heard(shard, wire)
+            self.timely.heard(shard, wire)

@@ -10,8 +10,9 @@ from typing import Any
 
 from objectcache import keys
 from objectcache.admission import Admission, Load, Phase, Stream, asks, loadable
+from objectcache.asked import asked
 from objectcache.breaker import Breaker
-from objectcache.choosing import Choosing, deadline_s_of
+from objectcache.choosing import Choosing
 from objectcache.config import Options
 from objectcache.errors import Misconfigured, ObjectCacheError
 from objectcache.index import KnownChunks
@@ -142,10 +143,9 @@ class SchedulerHalf:
         now = time.monotonic()
         chain = ChunkChain(root, self._options.chunk_tokens, items)
         tracked = Tracked(request, chain, now, may_load=may_load)
-        try:
-            tracked.deadline_s = now + deadline_s_of(request.kv_transfer_params)
-        except Misconfigured as error:
-            self._reporter.ignore("a deadline", error)
+        wants = asked(request.kv_transfer_params, self._options.admission, self._reporter.ignore)
+        tracked.deadline_s = now + wants.deadline_s
+        tracked.mode, tracked.saves = wants.mode, wants.saves
         self._requests[request.request_id] = tracked
         self._look_up(tracked, now)
 
@@ -227,7 +227,9 @@ class SchedulerHalf:
         if self._saves:
             for request_id, tokens in scheduled.items():
                 tracked = self._requests.get(request_id)
-                if tracked is not None and request_id not in misled and not tracked.misled:
+                if tracked is None or not tracked.saves or tracked.misled:
+                    continue
+                if request_id not in misled:
                     commands.saves += self._saves_of(tracked, tokens, block_ids, now)
         return commands
 

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import weakref
 
 import torch
 
@@ -18,7 +19,7 @@ class HostSlots:
 
     def __init__(self, slots: int, slot_bytes: int, pinned: bool, shared: bool = False) -> None:
         self.descriptor: int | None = None
-        self._registered = 0  # address
+        self._unpin: weakref.finalize[[torch.Tensor], HostSlots] | None = None
         behind = progress_offset(slots, slot_bytes)
         size = behind + slots * PROGRESS_BYTES
         if shared:
@@ -40,7 +41,10 @@ class HostSlots:
                 code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
                 if int(code) != 0:
                     raise OSError(f"CUDA does not pin shared memory (error {int(code)})")
-                self._registered = memory.data_ptr()
+                # At the latest before the memory goes: another that came to lie at its address could not
+                # be pinned then.
+                self._unpin = weakref.finalize(self, _unpin, memory)
+                self._unpin.atexit = False
         except OSError:
             self.close()
             raise
@@ -48,9 +52,8 @@ class HostSlots:
 
     def close(self) -> None:
         """Nothing copies any more, and no other process will be told of it. Idempotent."""
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self._registered)
-            self._registered = 0
+        if self._unpin is not None:
+            self._unpin()
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
@@ -58,3 +61,7 @@ class HostSlots:
     def view(self, slot: int) -> memoryview:
         """The bytes of one slot, writable."""
         return self._views[slot]
+
+
+def _unpin(memory: torch.Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -5,12 +5,13 @@ Events and `now` (seconds, one clock) in, a moment out; no I/O.
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from objectcache.arrival import Coming
 from objectcache.compute import ComputeModel, Costs, Work, decodes, first_pass, prefill
 from objectcache.flow import StoreModel
-from objectcache.moment import JUST_IN_TIME, STAGED, Moment, moment
+from objectcache.moment import JUST_IN_TIME, STAGED, Moment, early, moment, stall_s
+from objectcache.wire import Wire, slowest
 
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
 BUS_BYTES_PER_S = 40e9  # host to GPU, with all that goes with it
@@ -62,10 +63,17 @@ class Timely:
         self.admits = admits
         self._ranks = ranks
         self.compute = ComputeModel(costs) if costs is not None else ComputeModel()
-        self.store = store or StoreModel()  # until something of a prefix came
+        self.store = store or StoreModel()  # until anything was read
+        self.wire: Wire | None = None  # as the workers measured it; None until they read something
+        self._wires: dict[int, Wire] = {}  # by shard
         self._jobs: dict[int, _Job] = {}
-        self._steps: deque[tuple[int, Work, float]] = deque(maxlen=STEPS_KEPT)
+        self._steps: deque[tuple[int, Work | None, float]] = deque(maxlen=STEPS_KEPT)
         self._heard_at = 0.0
+
+    def heard(self, shard: int, wire: Wire) -> None:
+        """What the ranks with this shard measured."""
+        self._wires[shard] = wire
+        self.wire = slowest(list(self._wires.values()))
 
     # ---- prefixes
 
@@ -73,7 +81,10 @@ class Timely:
         """A job of so many chunks was given to the workers."""
         layer_bytes = [size * chunks for size in self._slice_bytes]
         streams = min(chunks, STREAMS_MAX)
-        found = _Job(Coming(layer_bytes, chunks, streams, now, self.store), chunks)
+        store = self.store
+        if self.wire is not None:
+            store = replace(self.wire.store, wire_bytes_per_s=self.wire.bytes_per_s)
+        found = _Job(Coming(layer_bytes, chunks, streams, now, store), chunks)
         found.seen.append((now, 0))
         self._jobs[job] = found
 
@@ -104,13 +115,22 @@ class Timely:
     def forget(self, job: int) -> None:
         self._jobs.pop(job, None)
 
-    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
+    def when(
+        self,
+        job: int,
+        prompt_tokens: int,
+        loaded_tokens: int,
+        now: float,
+        mode: str = JUST_IN_TIME,
+        alone: bool = False,
+    ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
-        known that all of its chunks are right."""
+        known that all of its chunks are right. While it is `alone` on the GPU a short stall is nobody's
+        loss: its pass ends no later for having begun too early."""
         found = self._jobs.get(job)
         if found is None or found.ready < 1:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now)
+        return self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone)
 
     def expected(
         self, job: int, prompt_tokens: int, loaded_tokens: int, now: float
@@ -119,7 +139,8 @@ class Timely:
         found = self._jobs.get(job)
         if found is None:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now)
+        mode = JUST_IN_TIME if self.admits else STAGED
+        return self._moment(found, prompt_tokens, loaded_tokens, now, mode)
 
     def left_s(self, job: int, now: float) -> float:
         """Until all of a job is there if it goes on as lately: without what is expected of a store, which
@@ -138,12 +159,27 @@ class Timely:
         left = (job.chunks * sum(self._slice_bytes) - job.landed for job in self._jobs.values())
         return [one for one in left if one > 0]
 
-    def _moment(self, job: _Job, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment:
+    def _moment(
+        self,
+        job: _Job,
+        prompt_tokens: int,
+        loaded_tokens: int,
+        now: float,
+        mode: str,
+        alone: bool = False,
+    ) -> Moment:
         work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
         layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
         copy_s = max(self._slice_bytes) * job.chunks / BUS_BYTES_PER_S
-        mode = JUST_IN_TIME if self.admits else STAGED
-        return moment(job.coming.arrivals(now), now, layer_s, copy_s, mode)
+        arrivals = job.coming.arrivals(now)
+        found = moment(arrivals, now, layer_s, copy_s, mode)
+        if alone and mode == JUST_IN_TIME and not found.due(now):
+            stalls_s = stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
+            if early(found, now, stalls_s, next_ask_s=0.0, others=0):
+                # Sooner than is expected to be in time, so that the margin is below zero.
+                expected_s = found.at_s - found.margin_s
+                return replace(found, at_s=now, margin_s=now - expected_s)
+        return found
 
     # ---- steps
 
@@ -151,11 +187,17 @@ class Timely:
         """Until the steps that run now are expected to end."""
         if not self._steps:
             return 0.0
-        takes_s = sum(self.compute.seconds(work).mean_s for _, work, _ in self._steps)
+        works = [work for _, work, _ in self._steps if work is not None]
+        takes_s = sum(self.compute.seconds(work).mean_s for work in works)
         return max(0.0, takes_s - (now - max(self._steps[0][2], self._heard_at)))
 
-    def scheduled(self, step: int, requests: Mapping[str, tuple[int, int]], now: float) -> None:
-        """A step computes, of each request, so many tokens behind so many."""
+    def scheduled(
+        self, step: int, requests: Mapping[str, tuple[int, int]] | None, now: float
+    ) -> None:
+        """A step computes, of each request, so many tokens behind so many; None: that is not known."""
+        if requests is None:
+            self._steps.append((step, None, now))
+            return
         work = Work()
         for tokens, context in requests.values():
             one = prefill(tokens, context, self.pass_tokens) if tokens > 1 else decodes(1, context)
@@ -164,9 +206,16 @@ class Timely:
             self._steps.append((step, work._replace(passes=1), now))
 
     def stepped(self, step: int, waited: bool, now: float) -> None:
-        """The results of a step are there, on one rank. One that waited for layers is not timed."""
+        """The results of a step are there, on one rank. One that waited for layers is not timed.
+
+        A step that computes nothing says nothing of when the next one began: with asynchronous scheduling
+        its results are taken only when that one was given to the GPU.
+        """
+        computed = False
         while self._steps and self._steps[0][0] <= step:
             number, work, at = self._steps.popleft()
-            if number == step and not waited:
+            computed = True
+            if number == step and not waited and work is not None:
                 self.compute.timed(work, now - max(at, self._heard_at))
-        self._heard_at = now
+        if computed:
+            self._heard_at = now

@@ -7,6 +7,7 @@ from typing import Any
 from objectcache.admission import Admission, Phase
 from objectcache.choosing import Other
 from objectcache.keys import ChunkChain
+from objectcache.moment import STAGED
 from objectcache.worth import Choice
 
 
@@ -18,6 +19,8 @@ class Tracked:
     chain: ChunkChain
     arrived_s: float = 0.0
     deadline_s: float = math.inf  # for its first token
+    mode: str = STAGED  # when it is admitted
+    saves: bool = True  # what it computes
     may_load: bool = True
     admission: Admission | None = None
     admitted: bool = False

@@ -33,7 +33,7 @@ def choosing(wire: Wire | None = FAST, admits: bool = False, room: int | None = 
     timely.compute = Known()
     one = Choosing(timely, 64, LAYERS * SLICE, LAYERS, room)
     if wire is not None:
-        one.heard(0, wire)
+        one._timely.heard(0, wire)
     return one
 
 
@@ -61,9 +61,9 @@ def test_all_is_loaded_while_the_wire_or_computing_is_not_known() -> None:
 
 def test_ranks_wait_for_the_slowest_of_them() -> None:
     one = choosing(FAST)
-    one.heard(1, SLOW)
+    one._timely.heard(1, SLOW)
     assert chosen(one).best.chunks == 0
-    one.heard(1, FAST)
+    one._timely.heard(1, FAST)
     assert chosen(one).best.chunks == 15
 
 
@@ -124,7 +124,8 @@ def test_a_load_that_became_slow_is_given_up_and_a_good_one_is_not() -> None:
 def test_a_load_that_misses_a_deadline_which_computing_keeps_is_given_up_sooner() -> None:
     one = choosing(FAST)
     choice = chosen(one)
-    one._timely.store = StoreModel(0.001, 0.002, 3e6)  # 1.4 s: less than twice that without
+    # 1.4 s: less than twice that without.
+    one._timely.heard(0, Wire(StoreModel(0.001, 0.002, 3e6), 15))
     one._timely.began(7, 15, 0.0)
     assert one.gives_up(choice, 7, PROMPT, [], 0.0, 0.0)[0] == ""
     late = Prompt(1000, 0, 15, deadline_s=1.1)

@@ -138,6 +138,19 @@ def test_it_starts_small_and_doubles() -> None:
     assert sorted(seen)[:4] == [START, 2 * START, 4 * START, MOST]
 
 
+@pytest.mark.parametrize(
+    ("most", "begins"), [(8, 8), (56, 56), (2 * START, 2 * START), (2 * START + 1, START)]
+)
+def test_where_one_doubling_is_all_it_begins_with_that(most: int, begins: int) -> None:
+    flow = Flow(most)
+    assert flow.limit(0.0) == begins
+    flow.began(0.0)
+    flow.throttled(0.5)
+    assert flow.limit(0.5) < max(2, begins)
+    flow.ended(1.0)
+    assert flow.limit(2000.0) == begins  # after a long pause, as at first
+
+
 def test_bursts_teach_and_pauses_do_not() -> None:
     flow = Flow(MOST)
     reader = client(flow)

@@ -53,7 +53,7 @@ def know(one: ToyEngine, wire: Wire | None, token_s: float = TOKEN_S) -> ToyEngi
     loading = one.connector._scheduler.loading
     loading.timely.compute = Passes(token_s)
     if wire is not None:
-        loading.choosing.heard(0, wire)
+        loading.timely.heard(0, wire)
     return one
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -92,6 +93,44 @@ def test_streams_that_all_have_something_go_in_step() -> None:
             assert stream.seen == marks
     levels = [level for _, level in order]
     assert levels == sorted(levels), order
+
+
+def test_who_begins_late_comes_in_before_the_others_go_on() -> None:
+    order: list[tuple[str, int]] = []
+    held, release = threading.Event(), threading.Event()
+    marks = [STEP * i for i in range(1, 5)]
+
+    def landed(name: str, n: int) -> None:
+        order.append((name, n // STEP))
+        if not held.is_set():
+            held.set()
+            assert release.wait(5)
+
+    many = [Stream(4 * STEP, marks, partial(landed, f"early{n}")) for n in range(12)]
+    late = Stream(4 * STEP, marks, partial(landed, "late"))
+
+    async def scenario(receiver: Receiver) -> None:
+        for stream in many:
+            stream.send(0, 0, head=True)
+        runs = [asyncio.ensure_future(receiver.run(stream.exchange, 10)) for stream in many]
+        while not all(stream.exchange.body for stream in many):
+            await asyncio.sleep(0.001)
+        many[0].send(0, 4 * STEP)
+        await asyncio.to_thread(held.wait, 5)
+        for stream in many[1:]:
+            stream.send(0, 4 * STEP)
+        late.send(0, 4 * STEP, head=True)
+        runs.append(asyncio.ensure_future(receiver.run(late.exchange, 10)))
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(*runs)
+
+    run(scenario)
+    for stream in (*many, late):
+        with stream.closing():
+            assert stream.exchange.end is End.DONE and stream.memory == stream.body
+    others = [step for step in order if step[0] not in ("late", "early0")]
+    assert order.index(("late", 1)) < order.index(next(step for step in others if step[1] == 2))
 
 
 def test_nobody_waits_for_a_slow_stream_and_it_catches_up_first() -> None:

@@ -79,7 +79,7 @@ def want(model: Path, proxy: FaultProxy) -> list[int]:
 def know(one: ToyEngine, token_s: float = 2e-3) -> ToyEngine:
     loading = one.connector._scheduler.loading
     loading.timely.compute = Known(token_s)
-    loading.choosing.heard(0, FAST)
+    loading.timely.heard(0, FAST)
     return one
 
 
@@ -138,7 +138,7 @@ def test_a_slow_store_is_left_alone_and_used_again_when_it_is_well(
     assert asked[0] and not asked[-1] and one.totals["given_up_prompts"] == sum(asked)
     proxy.fault = None
     use._pause_s = 0.0  # it is time to try
-    one.connector._scheduler.loading.choosing.heard(0, FAST)
+    one.connector._scheduler.loading.timely.heard(0, FAST)
     before = proxy.count("GET")
     for _ in range(30):
         loaded = ask(one, want)
@@ -154,11 +154,11 @@ def test_workers_say_what_the_wire_gives(
     engine: Engines, proxy: FaultProxy, want: list[int], mover: str
 ) -> None:
     one = engine(mover=mover, processes=2, transport="auto")
-    choosing = one.connector._scheduler.loading.choosing
+    timely = one.connector._scheduler.loading.timely
     proxy.fault = gets(Fault(delay_s=0.3))
-    assert choosing._wire is None and ask(one, want) == 384
+    assert timely.wire is None and ask(one, want) == 384
     one.idle_step()
-    wire = choosing._wire
+    wire = timely.wire
     assert wire is not None
     assert 0.3 <= wire.store.first_byte_s <= wire.store.first_byte_p99_s < 5.0
     assert wire.connections >= 32 and wire.bytes_per_s > 0.0

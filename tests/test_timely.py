@@ -94,9 +94,9 @@ def want(model: Path, proxy: FaultProxy) -> list[list[int]]:
 class AtOnce(Timely):
     """Admits as soon as all chunks are known to be right."""
 
-    def when(self, job: int, prompt_tokens: int, loaded_tokens: int, now: float) -> Moment | None:
-        moment = super().when(job, prompt_tokens, loaded_tokens, now)
-        return moment and replace(moment, at_s=now)
+    def when(self, job: int, *what: Any) -> Moment | None:
+        moment = super().when(job, *what)
+        return moment and replace(moment, at_s=what[2])
 
 
 class Hangs(ToyEngine):
@@ -296,8 +296,34 @@ def test_an_abort_while_the_last_layers_come(
     assert one.generate(PROMPT) == want
 
 
-def test_vllm_must_not_recompute_what_a_running_request_lacks(model: Path) -> None:
-    extra = {"url": "memory://x", "chunk_tokens": CHUNK, "admission": "just-in-time"}
+@pytest.mark.parametrize(("usual", "asked"), [("at-once", None), ("just-in-time", "at-once")])
+def test_at_once_is_admitted_with_its_first_layer_and_waits_for_the_others(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], usual: str, asked: str | None
+) -> None:
+    one = engine(admission=usual)
+    proxy.fault = get_is(replace(SLOW, bytes_per_s=100_000))  # slower than a busy machine computes
+    transfer = {"objectcache.admission": asked} if asked is not None else None
+    name = one.add(PROMPT, transfer=transfer)
+    one.run()
+    assert [one.outputs[name]] == want and one.cached[name] == 384
+    assert one.totals["timely_prompts"] == 1 and one.totals["waited_layers"] >= 2
+    assert one.totals.get("failed_prompts", 0) == 0
+
+
+def test_a_request_may_ask_to_be_admitted_when_all_is_there(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]]
+) -> None:
+    one = engine(admission="at-once")
+    proxy.fault = get_is(SLOW)
+    name = one.add(PROMPT, transfer={"objectcache.admission": "staged"})
+    one.run()
+    assert [one.outputs[name]] == want and one.cached[name] == 384
+    assert "timely_prompts" not in one.totals and "waited_layers" not in one.totals
+
+
+@pytest.mark.parametrize("admission", ["just-in-time", "at-once"])
+def test_vllm_must_not_recompute_what_a_running_request_lacks(model: Path, admission: str) -> None:
+    extra = {"url": "memory://x", "chunk_tokens": CHUNK, "admission": admission}
     with pytest.raises(Misconfigured) as refused:
         ToyEngine(model, extra, failure_policy="recompute")
     assert "kv_load_failure_policy to fail" in refused.value.hint

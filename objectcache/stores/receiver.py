@@ -22,6 +22,7 @@ from objectcache.stores.http1 import Head, HeadReader, NotHttp
 
 PIECE_BYTES = 1 << 20  # most that is received at once; also between two calls of `landed`
 LOW_WATER_BYTES = 256 << 10  # what the kernel gathers before it wakes us
+FILLS = 2  # bodies served before the sockets are asked again, so that who begins is not behind all
 _SCRATCH_BYTES = 8 << 10  # for a head; what comes of the body with it is copied
 _TICK_S = 0.1  # how often streams are looked after that nothing woke us for
 _END_S = 1.0  # for the threads to end
@@ -295,9 +296,9 @@ class _Crew:
                 self._step(self._advance, exchange, now)
         if ready:
             lowest = min([exchange.level for exchange in ready])
-            for exchange in ready:
-                if exchange.level == lowest:
-                    self._step(self._fill, exchange, now)
+            least = [exchange for exchange in ready if exchange.level == lowest]
+            for exchange in least[:FILLS]:
+                self._step(self._fill, exchange, now)
         if called:  # last: a descriptor that this frees and takes again had no event above
             self._listen(now)
         if now >= self._look_at:

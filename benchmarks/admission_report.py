@@ -1,0 +1,166 @@
+"""The tables and the plots of admission.py, from the files of results alone. Nothing is measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.admission_plan import LOADS, SYSTEMS
+from benchmarks.report import (
+    drawing,
+    environment,
+    keep,
+    measured,
+    skipped,
+    table_head,
+    table_row,
+    title,
+)
+
+Line = dict[str, Any]
+_SHOWN = (
+    ("TTFT, s: p50 / p99", "ttft_p50_s", "ttft_p99_s"),
+    ("TPOT, ms: p50 / p99", "tpot_p50_ms", "tpot_p99_ms"),
+    ("ITL, ms: p50 / p99", "itl_p50_ms", "itl_p99_ms"),
+    ("GB/s: run / server", "gb_per_s", "server_gb_per_s"),
+)
+_PANELS = (("TTFT, s", "ttft_p50_s", "ttft_p99_s"), ("TPOT, ms", "tpot_p50_ms", "tpot_p99_ms"))
+_TTFT, _TPOT = ("ttft_p50_s", "ttft_p99_s", "ttft_mean_s"), ("tpot_p50_ms", "tpot_p99_ms")
+
+
+def write(folder: Path) -> None:
+    """Write admission.md, and admission-<machine>.svg for each machine, into `folder`."""
+    head = (
+        "# Ways to admit a request",
+        "",
+        "Made by `python -m benchmarks.admission --report` from `admission-*.jsonl` here. What each system is,",
+        "what is asked and what makes a run count, stands at the head of `benchmarks/admission.py`.",
+    )
+    report.write(folder, "admission", head, _machine, plot)
+
+
+def _machine(lines: list[Line]) -> Iterator[str]:
+    facts = environment(lines)
+    if facts is not None:
+        about = facts["metrics"]
+        yield (
+            f"{about['cores']} cores; {about['kv_bytes_per_token'] / 1024:g} KiB of KV a token; ring of "
+            f"{about['ring_bytes'] / 2**30:.1f} GiB. {len(facts['requests'])} prompts of "
+            f"{about['prompt_tokens']} tokens, {about['prefix_tokens']} of them prefixes; answers of "
+            f"{about['answer_tokens']} tokens. {measured(lines, facts)}"
+        )
+        yield from [f"{name} {facts[name]}" for name in ("engine", "options") if facts[name]]
+        yield ""
+    yield f"![TTFT and TPOT](admission-{lines[0]['machine']}.svg)"
+    for users in users_of(lines):
+        yield from _table(lines, users)
+    yield from _against(lines)
+    yield from skipped(lines)
+
+
+def _table(lines: list[Line], users: int) -> Iterator[str]:
+    yield from title(f"{users} users")
+    yield from table_head("system, Gbit/s", [*(name for name, *_ in _SHOWN), "seconds", "runs"])
+    rows = [("recompute", 0.0)]
+    rows += [(system, wire) for wire in wires_of(lines, users) for system in LOADS]
+    for system, wire in rows:
+        m = metrics_of(lines, system, users, wire)
+        if m:
+            cells = [f"{m[a]:.3g} / {m[b]:.3g}" if a in m else "" for _, a, b in _SHOWN]
+            name = f"{system}, {wire:g}" if wire else system
+            yield table_row(name, [*cells, f"{m['seconds']:.3g}", _runs(m)])
+
+
+def _runs(metrics: dict[str, Any]) -> str:
+    left_out = metrics.get("runs_left_out", 0)
+    return (
+        f"{metrics['runs']} of {metrics['runs'] + left_out}" if left_out else str(metrics["runs"])
+    )
+
+
+def _against(lines: list[Line]) -> Iterator[str]:
+    """Just in time beside the better of the two others, and beside what loads nothing."""
+    rows = []
+    for users in users_of(lines):
+        for wire in wires_of(lines, users):
+            found = compared(lines, users, wire)
+            if found:
+                cells = [f"{found[name]:+.1f}" if name in found else "" for name in _TTFT + _TPOT]
+                rows.append(table_row(f"{users} users, {wire:g} Gbit/s", cells))
+    if rows:
+        yield from title(
+            "just-in-time: % more TTFT than the better of the others, % more TPOT than recompute"
+        )
+        yield from table_head("", ["TTFT p50", "p99", "mean", "TPOT p50", "p99"])
+        yield from rows
+
+
+def compared(lines: Iterable[Line], users: int, wire: float) -> dict[str, float]:
+    """By how many percent just-in-time is worse, for each metric of which the others are known."""
+    lines = list(lines)
+    mine = metrics_of(lines, "just-in-time", users, wire)
+    others = [metrics_of(lines, system, users, wire) for system in ("staged", "at-once")]
+    cold = metrics_of(lines, "recompute", users, 0.0)
+    found = {}
+    if mine and all(others):
+        for name in _TTFT:
+            found[name] = 100 * (mine[name] / min(one[name] for one in others) - 1)
+    if mine and cold:
+        for name in _TPOT:
+            found[name] = 100 * (mine[name] / cold[name] - 1)
+    return found
+
+
+def users_of(lines: Iterable[Line]) -> list[int]:
+    return sorted({one["case"]["concurrent"] for one in lines if one["system"] in SYSTEMS})
+
+
+def wires_of(lines: Iterable[Line], users: int) -> list[float]:
+    cases = (one["case"] for one in lines if one["system"] in LOADS)
+    return sorted({case["wire_gbps"] for case in cases if case["concurrent"] == users})
+
+
+def metrics_of(lines: Iterable[Line], system: str, users: int, wire: float) -> dict[str, Any]:
+    """{} if there are none."""
+    for one in lines:
+        case = one["case"]
+        if one["system"] == system and (case["concurrent"], case["wire_gbps"]) == (users, wire):
+            metrics: dict[str, Any] = one["metrics"]
+            return metrics
+    return {}
+
+
+def plot(lines: list[Line], machine: str, path: Path) -> None:
+    """For each number of users TTFT and TPOT by the wire: medians as dots, to the 99th percentile a line."""
+    counts = users_of(lines)
+    if not counts:
+        return
+    pyplot = drawing("admission")
+    figure, panels = pyplot.subplots(
+        2, len(counts), figsize=(4.0 * len(counts) + 1.5, 6.0), squeeze=False
+    )
+    for column, users in enumerate(counts):
+        wires = wires_of(lines, users)
+        for row, (label, low, high) in enumerate(_PANELS):
+            axes = panels[row][column]
+            for number, system in enumerate(SYSTEMS):
+                for at, wire in enumerate(wires):
+                    m = metrics_of(lines, system, users, wire if system in LOADS else 0.0)
+                    if m:
+                        x = at + (number - 1.5) * 0.18
+                        axes.plot([x, x], [m[low], m[high]], color=f"C{number}")
+                        axes.plot([x], [m[low]], "o", color=f"C{number}", label=system * (not at))
+            axes.set_xticks(range(len(wires)), [f"{wire:g}" for wire in wires])
+            axes.set_ylim(bottom=0)
+            axes.set_title(f"{users} users", fontsize=10)
+            axes.set_ylabel(label)
+    for axes in panels[-1]:
+        axes.set_xlabel("wire, Gbit/s")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    named = {label: handle for handle, label in zip(handles, labels, strict=True) if label}
+    figure.legend(named.values(), named.keys(), loc="lower center", ncol=4, fontsize=8)
+    figure.suptitle(f"{machine}: median (dot) to 99th percentile")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    keep(pyplot, figure, path)

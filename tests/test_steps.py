@@ -1,0 +1,105 @@
+"""What is learned of steps that were timed, and a request that is alone on the GPU: Timely without an engine. With one: test_timely.py."""
+
+import pytest
+
+from objectcache.compute import ComputeModel, Costs, Work
+from objectcache.flow import StoreModel
+from objectcache.timely import Timely
+from objectcache.wire import Wire
+
+LAYERS, SLICE = 8, 1 << 20
+PASS_S = 0.4  # whatever it computes
+PREFILL = {"a": (1000, 3000)}
+
+
+class Heard(ComputeModel):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(Costs(PASS_S, 0.0, 0.0, 0.0))
+        for tokens in range(1, 200):
+            super().timed(Work(1, tokens, 200.0 * tokens), PASS_S)
+        self.heard: list[tuple[int, float]] = []
+
+    def timed(self, work: Work, seconds: float) -> None:
+        self.heard.append((work.tokens, pytest.approx(seconds)))
+
+
+def timely() -> Timely:
+    one = Timely([SLICE] * LAYERS, 4096)
+    one.compute = Heard()
+    return one
+
+
+def test_a_pass_begins_when_it_is_scheduled_however_late_the_idle_steps_before_it_are_heard_of() -> (
+    None
+):
+    one = timely()
+    one.scheduled(1, {}, 10.0)
+    one.scheduled(2, PREFILL, 10.002)
+    one.stepped(1, False, 10.06)  # once step 2 was given to the GPU
+    one.scheduled(3, {"a": (1, 4000)}, 10.061)
+    one.stepped(2, False, 10.602)
+    one.stepped(3, False, 10.609)
+    assert one.compute.heard == [(1000, 0.6), (1, 0.007)]
+
+
+def test_a_pass_begins_behind_one_of_which_nothing_is_known() -> None:
+    one = timely()
+    one.scheduled(1, None, 10.0)
+    one.scheduled(2, PREFILL, 10.002)
+    assert one.busy_s(10.002) == pytest.approx(PASS_S, abs=0.01)
+    one.stepped(1, False, 10.3)
+    one.stepped(2, False, 10.7)
+    assert one.compute.heard == [(1000, 0.4)]
+    assert one.busy_s(10.7) == 0.0
+
+
+def bringing(one: Timely, layers: int, until: float) -> None:
+    """A job of eight chunks, a layer of all of them each 0.1 s since 0, as the wire gives."""
+    one.heard(0, Wire(StoreModel(0.001, 0.002, SLICE / 0.1), 8))
+    one.began(1, 8, 0.0)
+    steps = round(until / 0.01)
+    for step in range(1, steps + 1):
+        now = step * 0.01
+        ready = min(layers, int(now / 0.1 + 1e-9))
+        one.seen(1, 8, ready, min(8 * layers, int(8 * now / 0.1 + 1e-9)), now)
+
+
+def test_who_is_alone_does_not_wait_for_a_margin() -> None:
+    """A layer comes each 0.1 s and computes in 0.05: the last at 0.8, so that 0.45 is in time."""
+    soon = {}
+    for alone in (False, True):
+        for hundredths in range(10, 80):
+            one = timely()
+            now = hundredths / 100
+            bringing(one, LAYERS, now)
+            moment = one.when(1, 4000, 3000, now, alone=alone)
+            if moment is not None and moment.due(now):
+                soon[alone] = now
+                break
+    assert 0.4 <= soon[True] <= 0.5, "within a short stall of what is in time"
+    assert soon[False] >= soon[True] + 0.05
+    one = timely()
+    bringing(one, LAYERS, soon[True])
+    moment = one.when(1, 4000, 3000, soon[True], alone=True)
+    assert moment is not None and moment.margin_s < 0.0, "it says that it is before its time"
+
+
+def test_who_is_alone_waits_for_the_first_layer_of_all_its_chunks() -> None:
+    one = timely()
+    bringing(one, LAYERS, 0.05)
+    assert one.when(1, 4000, 3000, 0.05, alone=True) is None
+
+
+def test_a_prefix_is_expected_as_the_wire_was_measured() -> None:
+    ahead = {}
+    for wire in (None, Wire(StoreModel(0.001, 0.002, 1e9), 8), Wire(StoreModel(0.3, 0.4, 1e6), 8)):
+        one = timely()
+        if wire is not None:
+            one.heard(0, wire)
+        one.began(1, 8, 0.0)
+        moment = one.expected(1, 4000, 3000, 0.0)
+        assert moment is not None
+        ahead[wire and wire.store.first_byte_s] = moment.staged_s
+    assert ahead[0.001] < 0.05 < ahead[None] < 1.5 < ahead[0.3]
