@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import threading
 import time
 from collections.abc import Awaitable, Callable
 
@@ -196,25 +195,30 @@ def test_cancelled_at_any_time_it_lets_go_of_the_connection(turns: int) -> None:
 def test_a_request_that_the_socket_does_not_take_at_once() -> None:
     async def scenario(asker: Asker, server: Server) -> None:
         ours, theirs = await opened(asker, server)
-        request = bytes(16 << 20)
-        exchange = asked(server.peer, ours, request)
-        asking = asyncio.ensure_future(asker.run(exchange, 10))
-        came = 0
-
-        def take() -> None:
-            nonlocal came
-            while came < len(request):
-                came += len(theirs.recv(1 << 20))
-
-        taking = threading.Thread(target=take)
-        taking.start()
-        await asyncio.to_thread(taking.join, 10)
-        assert came == len(request)
-        theirs.send(GOOD)
-        await asking
-        assert exchange.end is End.DONE and exchange.sock is ours
-        ours.close()
+        exchange = asked(server.peer, ours, bytes(16 << 20))
+        await asker.run(exchange, 10)
+        assert exchange.end is End.BROKE and exchange.sock is None
         theirs.close()
+
+    run(scenario)
+
+
+def test_close_ends_what_is_connecting() -> None:
+    async def scenario(asker: Asker, server: Server) -> None:
+        with socket.create_server(("127.0.0.1", 0), backlog=0) as silent:
+            full = [socket.socket() for _ in range(4)]  # its queue: it hears nobody else
+            for one in full:
+                one.setblocking(False)
+                one.connect_ex(silent.getsockname())
+            exchange = asked((socket.AF_INET, silent.getsockname()))
+            asking = asyncio.ensure_future(asker.run(exchange, 10))
+            await asyncio.sleep(0.05)
+            assert exchange.connecting and not asking.done()
+            asker.close()
+            await asyncio.wait_for(asking, 1)
+            assert exchange.end is End.UNREACHABLE and exchange.sock is None
+            for one in full:
+                one.close()
 
     run(scenario)
 

@@ -6,6 +6,7 @@ for each request costs as much as the rest of it.
 """
 
 import asyncio
+import math
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,6 +28,7 @@ class Asker:
         self._tick_s = min(_TICK_S, silence_s / 4)
         self._tick: asyncio.TimerHandle | None = None  # while something is asked, and once more
         self._live: dict[int, _Asked] = {}  # by descriptor
+        self._connecting: set[asyncio.Timeout] = set()
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._closed = False
 
@@ -54,13 +56,17 @@ class Asker:
         self._closed = True
         for asked in list(self._live.values()):
             asked.over(End.DROPPED)
+        for limit in self._connecting:
+            limit.reschedule(-math.inf)
 
     async def _connect(self, loop: asyncio.AbstractEventLoop, exchange: Exchange) -> bool:
         family, address = exchange.peer
         exchange.end = End.UNREACHABLE
         exchange.connecting = True
+        limit = asyncio.timeout_at(min(loop.time() + self._connect_s, exchange.until))
         try:
-            async with asyncio.timeout(min(self._connect_s, exchange.until - loop.time())):
+            async with limit:
+                self._connecting.add(limit)
                 line = exchange.sock = _Line(loop, family)
                 await loop.sock_connect(line, address)
                 line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -68,6 +74,8 @@ class Asker:
         except OSError as exc:  # TimeoutError is one
             exchange.error = exc
             return False
+        finally:
+            self._connecting.discard(limit)
         exchange.connecting = False
         exchange.end = End.DROPPED
         return True
@@ -79,27 +87,13 @@ class Asker:
         if self._tick is None:
             self._tick = loop.call_later(self._tick_s, self._look_after)
         try:
-            sent = 0
-            with suppress(BlockingIOError):
-                sent = sock.send(exchange.unsent)
-            if sent < len(exchange.unsent):
-                await self._send(loop, asked, exchange.unsent[sent:])
+            if sock.send(exchange.unsent) < len(exchange.unsent):
+                asked.over(End.BROKE)  # nothing is before it: any socket takes so little at once
             await asked.ended
         except OSError as exc:
             asked.over(End.BROKE, exc)
         finally:
             del self._live[descriptor]
-
-    async def _send(self, loop: asyncio.AbstractEventLoop, asked: "_Asked", unsent: bytes) -> None:
-        """The socket takes less than all: most unusual for so little."""
-        assert asked.exchange.sock is not None
-        sending = loop.create_task(loop.sock_sendall(asked.exchange.sock, unsent))
-        try:
-            await asyncio.wait([sending, asked.ended], return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                sending.result()
-        finally:
-            sending.cancel()
 
     def _look_after(self) -> None:
         """Whether an answer is late."""
@@ -117,7 +111,7 @@ class Asker:
         """Something can be read."""
         asked = self._live.get(line.fileno())
         if asked is None:  # its end, or what nobody asked for: who wants to use it will see that
-            line.listen_no_more()
+            line.give_up()
             return
         try:
             count = line.recv_into(self._scratch)
@@ -174,6 +168,11 @@ class _Line(socket.socket):
     def listen_no_more(self) -> None:
         with suppress(RuntimeError):  # the loop is closed
             self._loop.remove_reader(self.fileno())
+
+    def give_up(self) -> None:
+        self.listen_no_more()
+        with suppress(OSError):
+            self.shutdown(socket.SHUT_RDWR)  # so that it stirs for good
 
     def close(self) -> None:
         if self.fileno() >= 0:
