@@ -130,11 +130,23 @@ def test_what_happens_to_an_idle_connection_is_seen_by_who_would_use_it(left: by
         assert time.process_time() - began < 0.15  # the loop does not look at it again and again
         assert connections.take() is None and ours.fileno() == -1
         theirs.close()
-        ours, theirs = await opened(asker, server)  # of the same descriptor, most likely
-        ours.close()
-        theirs.close()
 
     run(scenario)
+
+
+def test_the_next_connection_of_a_descriptor_is_heard() -> None:
+    async def scenario(asker: Asker, server: Server) -> None:
+        pairs = [await opened(asker, server) for _ in range(4)]
+        before = {ours.fileno() for ours, _ in pairs}
+        for ours, _ in pairs:
+            ours.close()
+        pairs += [await opened(asker, server) for _ in range(4)]
+        assert before & {ours.fileno() for ours, _ in pairs[4:]}
+        for ours, theirs in pairs:
+            ours.close()
+            theirs.close()
+
+    run(scenario, silence_s=0.5)
 
 
 def test_silence_and_a_drip_end_in_time() -> None:

@@ -133,6 +133,9 @@ class _Asked:
 
     def came(self, data: memoryview, now: float) -> None:
         exchange = self.exchange
+        if self.ended.done():  # who asked is about to hear of it
+            exchange.keep = False
+            return
         if not data:
             self.over(End.BROKE)
             return
@@ -145,7 +148,7 @@ class _Asked:
             return
         if head is not None:
             exchange.accept(head)
-            exchange.keep = head.keep and not head.rest and not self.ended.done()
+            exchange.keep = head.keep and not head.rest
             self.over(End.DONE)
 
     def over(self, end: End, error: BaseException | None = None) -> None:
