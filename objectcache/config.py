@@ -64,7 +64,7 @@ class Options:
     transport: str = _option(
         "auto",
         "How objects travel: `direct` (received straight into the ring; plain http:// only), "
-        "`obstore` (a client in Rust, for https:// and all that is not a read), `aiobotocore` (the "
+        "`obstore` (a client in Rust, for https:// and all but GET and HEAD), `aiobotocore` (the "
         "library, slow and most tried), or `auto`: direct where it can be, else obstore. What a way "
         "cannot do is done by the next.",
         choices=("auto", "direct", "obstore", "aiobotocore"),

@@ -27,7 +27,8 @@ PATHS: dict[str, Callable[[Options], Store]] = {  # every data path to S3 passes
     "obstore": lambda options: ObstoreStore(S3Store(options), options),
     "direct": lambda options: DirectStore(library := S3Store(options), library, options),
 }
-# Requests that a path may repeat by the library path, so that a rare answer gets its exact error.
+# Requests that a path may repeat by the library path, so that a rare answer gets its exact error;
+# a HEAD by the direct path as a read.
 ASKED_TWICE = {"aiobotocore": 0, "obstore": 1, "direct": 0}
 READ_TWICE = {"aiobotocore": 0, "obstore": 1, "direct": 1}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")

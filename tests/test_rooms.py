@@ -66,6 +66,7 @@ MAP: dict[str, str] = {
     "stores.s3": "asyncio network files",
     "stores.s3_obstore": "asyncio network threads clock",
     "stores.receiver": "asyncio network threads clock",
+    "stores.asker": "asyncio network",
     "stores.connections": "asyncio network",
     "stores.s3_direct": "asyncio network clock files",
     "stores": "files",

@@ -7,11 +7,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
 
 import pytest
 from fault_server import Fault
+from origin_lab import Origin, direct, run, whole
 from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     BODY,
     PATIENT,
@@ -24,87 +23,12 @@ from s3_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 )
 
 from objectcache.config import parse
-from objectcache.errors import NotFound, ObjectCacheError, Unavailable
+from objectcache.errors import Denied, NotFound, ObjectCacheError, Unavailable
 from objectcache.stores.base import Store
 from objectcache.stores.gate import Gate
 from objectcache.stores.memory import MemoryStore
 from objectcache.stores.s3 import S3Store
 from objectcache.stores.s3_direct import DirectStore
-
-Answer = Callable[[int, int, str], bytes | None]  # connection, its request, head: None closes
-
-
-class Origin:
-    """An HTTP server that says what it is told to say, on some addresses of one port."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
-        self.requests: list[tuple[str, str]] = []  # address, head
-        self.connections = 0
-        self.port = 0
-        self._servers: list[asyncio.Server] = []
-
-    async def listen(self, host: str) -> None:
-        server = await asyncio.start_server(self._serve, host, self.port)
-        self.port = server.sockets[0].getsockname()[1]
-        self._servers.append(server)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number, self.connections = self.connections, self.connections + 1
-        host = writer.get_extra_info("sockname")[0]
-        for count in range(1000):
-            try:
-                head = (await reader.readuntil(b"\r\n\r\n")).decode()
-            except (OSError, asyncio.IncompleteReadError):
-                break
-            self.requests.append((host, head))
-            said = self.answer(number, count, head)
-            if said is None:
-                break
-            writer.write(said)
-            await writer.drain()
-        writer.close()
-
-    async def close(self) -> None:
-        for server in self._servers:
-            server.close()
-
-
-def whole(number: int = 0, count: int = 0, head: str = "") -> bytes:
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
-
-
-@contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    before = dict(os.environ)
-    for name in before:
-        if name.startswith("AWS_") or name.lower().endswith("_proxy"):
-            del os.environ[name]
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@asynccontextmanager
-async def direct(
-    endpoint_url: str, others: Store | None = None, **options: object
-) -> AsyncIterator[DirectStore]:
-    settings = {"url": "s3://some-bucket", "endpoint_url": endpoint_url, **PATIENT}
-    parsed = parse({**settings, "anonymous": True, "attempts": 1, **options})
-    library = S3Store(parsed)
-    store = DirectStore(library, others or library, parsed)
-    try:
-        yield store
-    finally:
-        await store.close()
-
-
-def run(scenario: Callable[[], Awaitable[None]], **env: str) -> None:
-    with environment({"AWS_EC2_METADATA_DISABLED": "true", "AWS_REGION": "us-east-1", **env}):
-        asyncio.run(asyncio.wait_for(scenario(), 20))
 
 
 async def read(store: Store, key: str = "there") -> None:
@@ -202,6 +126,98 @@ def test_all_addresses_of_a_name_are_used_and_dead_ones_passed_over() -> None:
         await origin.close()
 
     run(scenario)
+
+
+# ---- heads
+
+
+def sized(number: int = 0, count: int = 0, head: str = "") -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: 12345\r\n\r\n"
+
+
+def test_a_head_has_no_body_and_its_connection_goes_on() -> None:
+    async def scenario() -> None:
+        origin = Origin(sized)
+        await origin.listen("127.0.0.1")
+        async with direct(f"http://127.0.0.1:{origin.port}", max_connections=3) as store:
+            for _ in range(3):
+                sizes = await asyncio.gather(*(store.head(f"ns/{i}") for i in range(7)))
+                assert sizes == [12345] * 7
+            assert origin.connections <= 3
+            assert store.counters.head_requests == len(origin.requests) == 21
+            assert store.counters.handed_over == store.counters.read_bytes == 0
+            assert origin.requests[0][1].startswith("HEAD /some-bucket/ns/0 HTTP/1.1\r\n")
+        await origin.close()
+
+    run(scenario)
+
+
+def test_a_head_by_a_connection_that_died_costs_no_attempt() -> None:
+    async def scenario() -> None:
+        origin = Origin(lambda number, count, head: sized() if count == 0 else None)
+        await origin.listen("127.0.0.1")
+        async with direct(f"http://127.0.0.1:{origin.port}") as store:
+            for _ in range(3):
+                assert await store.head("there") == 12345
+            assert origin.connections == 3
+            assert len(origin.requests) == 5
+            assert store.counters.head_requests == 3
+        await origin.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("behind", [b"abc", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"])
+def test_a_body_behind_a_head_costs_the_connection(behind: bytes) -> None:
+    async def scenario() -> None:
+        origin = Origin(lambda *_: sized() + behind)
+        await origin.listen("127.0.0.1")
+        async with direct(f"http://127.0.0.1:{origin.port}") as store:
+            for _ in range(3):
+                assert await store.head("there") == 12345
+            assert origin.connections == 3
+        await origin.close()
+
+    run(scenario)
+
+
+HEADS = [
+    # answer, sizes of two handed over, error
+    (b"HTTP/1.1 404 Not Found\r\nContent-Length: 300\r\n\r\n", 0, NotFound),
+    (b"HTTP/1.1 403 Forbidden\r\nTransfer-Encoding: chunked\r\n\r\n", 0, Denied),
+    (b"HTTP/1.1 503 Slow Down\r\nRetry-After: 9\r\n\r\n", 0, Unavailable),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", 2, None),
+    (b"HTTP/1.1 400 Bad Request\r\n\r\n", 2, Denied),
+    (b"HTTP/1.1 206 Partial Content\r\nContent-Length: 7\r\n\r\n", 2, None),
+    (b"SSH-2.0-OpenSSH_9.2\r\n", 2, Unavailable),
+]
+
+
+@pytest.mark.parametrize(("answer", "handed_over", "kind"), HEADS, ids=lambda x: str(x)[9:16])
+def test_what_is_odd_about_a_head_is_handed_over_and_said_once(
+    answer: bytes,
+    handed_over: int,
+    kind: type[ObjectCacheError] | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        origin = Origin(lambda *_: answer)
+        await origin.listen("127.0.0.1")
+        async with direct(f"http://127.0.0.1:{origin.port}") as store:
+            for _ in range(2):
+                if kind is None:
+                    assert await store.head("there") in (0, 7)
+                else:
+                    await refused(kind, store.head("there"))
+            assert store.counters.handed_over == handed_over
+            if not handed_over:
+                assert origin.connections == 1  # with nothing behind it
+        await origin.close()
+
+    with caplog.at_level(logging.INFO):
+        run(scenario)
+    said = [r for r in caplog.records if "slower path" in r.getMessage()]
+    assert len(said) == (1 if handed_over else 0)
 
 
 # ---- what is handed over
@@ -388,6 +404,7 @@ def test_nothing_is_left_behind() -> None:
                 memories.append(bytearray(len(BODY)))
                 reading = asyncio.ensure_future(store.read(key, memoryview(memories[-1])))
                 calls.append(reading)
+                calls.append(asyncio.ensure_future(store.head(key)))
             await asyncio.sleep(0.02)
             for call in calls[::2]:
                 call.cancel()

@@ -89,7 +89,7 @@ def test_an_answer_becomes_the_right_error(
     # aiohttp repeats a request by itself, once, if the connection ends without an answer; botocore
     # asks for the bucket's region if a HEAD is answered with 400.
     unanswered = fault.reset or fault.raw == b"" or (how == "head" and fault.status == 400)
-    twice = (READ_TWICE if how == "read" else ASKED_TWICE)[lab.path]
+    twice = (ASKED_TWICE if how == "write" else READ_TWICE)[lab.path]
     most = attempts * (2 if unanswered else 1) + twice
     assert attempts <= lab.proxy.count() <= most
 

@@ -5,8 +5,6 @@ All calls are made on the loop of the store.
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from objectcache.flow import START, Flow, StoreModel
@@ -47,24 +45,33 @@ class Gate:
         """What the store was seen to give."""
         return self._flow.model()
 
-    @asynccontextmanager
-    async def slot(self, bulk: bool = False, turns: Turns | None = None) -> AsyncIterator[None]:
-        """Wait for room, hold it. Within a kind as order.py says, without `turns` in order of arrival.
+    def slot(self, bulk: bool = False, turns: Turns | None = None) -> "Slot":
+        """`async with` waits for room and holds it. Within a kind as order.py says, without `turns` in order of arrival.
         Between the kinds who came first goes first, but nobody waits for the other kind's limit."""
-        kind = self._bulk if bulk else self._small
+        return Slot(self, self._bulk if bulk else self._small, turns)
+
+    def enter(self, kind: _Kind, turns: Turns | None) -> "tuple[int, asyncio.Future[None]] | None":
+        """For a Slot: None if it has one now, else its number and what is set when it is given one."""
+        if not self._small.waiting and not self._bulk.waiting:
+            now = _now()
+            if self._has_room() and kind.held < self._limit_of(kind, now):
+                self._give(kind, now)
+                return None
         number, given = next(self._numbers), asyncio.get_running_loop().create_future()
         self._given[number] = given
         kind.waiting.add(number, _now(), turns)
         self._admit()
-        try:
-            await given
-            yield
-        finally:
-            if self._given.pop(number, None) is not None:
-                kind.waiting.remove(number)
-            else:
-                self._leave(kind)
-                self._admit()
+        return number, given
+
+    def leave(self, kind: _Kind, number: int | None) -> None:
+        """For a Slot: it holds, or waits, no more."""
+        if number is not None and self._given.pop(number, None) is not None:
+            kind.waiting.remove(number)
+            return
+        kind.held -= 1
+        if kind is self._bulk:
+            self._flow.ended(_now())
+        self._admit()
 
     def arrived(self, body_bytes: int, seconds: float, first_byte_s: float | None = None) -> None:
         """A body came in so many seconds since its request was sent. While its slot is held."""
@@ -99,27 +106,58 @@ class Gate:
         """Whether a request more may take the place of one that stalled."""
         return self._flow.calm(_now()) and self.hedging.may_ask()
 
-    def _leave(self, kind: _Kind) -> None:
-        kind.held -= 1
+    def _has_room(self) -> bool:
+        return self._small.held + self._bulk.held + self._seconds < self._most
+
+    def _limit_of(self, kind: _Kind, now: float) -> int:
+        limit = self._flow.limit(now)
+        return limit if kind is self._bulk else max(self._small_least, limit)
+
+    def _give(self, kind: _Kind, now: float) -> None:
+        kind.held += 1
         if kind is self._bulk:
-            self._flow.ended(_now())
+            self._flow.began(now)
 
     def _admit(self) -> None:
         """Give free slots to whose turn it is."""
-        now = _now()
-        while self._small.held + self._bulk.held + self._seconds < self._most:
-            limit = self._flow.limit(now)
-            limits = ((self._small, max(self._small_least, limit)), (self._bulk, limit))
-            kinds = [kind for kind, most in limits if kind.waiting and kind.held < most]
+        while (self._small.waiting or self._bulk.waiting) and self._has_room():
+            now = _now()
+            kinds = [
+                kind
+                for kind in (self._small, self._bulk)
+                if kind.waiting and kind.held < self._limit_of(kind, now)
+            ]
             if not kinds:
                 return
             kind = min(kinds, key=lambda kind: kind.waiting.oldest)
             given = self._given.pop(kind.waiting.take(now))
-            kind.held += 1
+            self._give(kind, now)
             if not given.cancelled():  # else who waited is about to give it back
                 given.set_result(None)
-            if kind is self._bulk:
-                self._flow.began(now)
+
+
+class Slot:
+    """Room for one request, while it is entered. No generator: each small request would pay for it."""
+
+    __slots__ = ("_gate", "_kind", "_number", "_turns")
+
+    def __init__(self, gate: Gate, kind: _Kind, turns: Turns | None) -> None:
+        self._gate, self._kind, self._turns = gate, kind, turns
+        self._number: int | None = None
+
+    async def __aenter__(self) -> None:
+        waits = self._gate.enter(self._kind, self._turns)
+        if waits is None:
+            return
+        self._number, given = waits
+        try:
+            await given
+        except BaseException:
+            self._gate.leave(self._kind, self._number)
+            raise
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._gate.leave(self._kind, self._number)
 
 
 def _now() -> float:
