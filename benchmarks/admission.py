@@ -15,7 +15,7 @@ at-once       when the first layer of all its chunks does; steps then wait for t
 just-in-time  when the layers still missing will be there before they are needed
 recompute     nothing is looked up or loaded, and vLLM's own cache is not read (`skip_reading_prefix_cache`)
 
-One engine serves them all, each request asks for its system (`objectcache.admission`), and one round has
+One engine that allows all of them serves them all, each request asks for its system (`objectcache.admission`), and one round has
 all systems of a case one after the other. Before a run vLLM's own cache is emptied. There are two sets of
 prefixes of equal sizes, by turns: what lies in host memory is the other one. The engine has written all
 prefixes before and looks them up as if it had not (`known_ttl_s` is 0); what it computes in a run it does
@@ -78,7 +78,7 @@ TOKENS, SMOKE_TOKENS = 48, 6  # of an answer
 RING_LONGEST = 2  # times what stages the longest prefix
 SET_NUMBERS = 1000  # prefixes are numbered; so far from set to set
 OPTIONS = {
-    **{"admission": "just-in-time", "known_ttl_s": 0, "lookup_timeout_ms": 10_000},
+    **{"admission": "at-once", "known_ttl_s": 0, "lookup_timeout_ms": 10_000},
     **{"stage_timeout_ms": 120_000, "late_timeout_ms": 60_000},
 }
 UNSAVED = {"objectcache.save": False}

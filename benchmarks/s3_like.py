@@ -19,6 +19,7 @@ import math
 import mmap
 import os
 import random
+import resource
 import selectors
 import signal
 import socket
@@ -474,6 +475,8 @@ def main() -> None:
         requests_per_s=args.requests_per_s / args.processes,
         writable=args.writable,
     )
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # one for each connection
     number = 0
     for number in range(1, args.processes):  # noqa: B007  the last one is this process
         if os.fork() == 0:

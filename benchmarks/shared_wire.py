@@ -13,6 +13,7 @@ from pathlib import Path
 PIECE_BYTES = 256 << 10  # at most this for one body, then the others have their turn
 BURST_S = 0.004  # how much of a process's part may be sent at once
 _LOOK_S = 0.001  # between two looks at the others
+_LONGEST_WAIT_S = 0.05  # before one asks again: the rate may have changed
 _RATE, _BODIES = struct.Struct("<d"), struct.Struct("<Q")
 
 
@@ -87,9 +88,13 @@ class Share:
         self._bytes += count
 
     def wait_s(self) -> float:
-        """Until a piece may be sent."""
+        """Until a piece may be sent, or it is to be asked again."""
+        if not self.limits:
+            return 0.0
         self._fill()
-        return max(0.0, (PIECE_BYTES - self._bytes) / self._rate) if self._rate else BURST_S
+        if not self._rate:
+            return BURST_S
+        return min(_LONGEST_WAIT_S, max(0.0, (PIECE_BYTES - self._bytes) / self._rate))
 
     def _fill(self) -> None:
         now = self._clock()

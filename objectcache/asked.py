@@ -10,9 +10,10 @@ from typing import Any
 
 from objectcache.choosing import deadline_s_of
 from objectcache.errors import Misconfigured
-from objectcache.moment import MODES, STAGED
+from objectcache.moment import MODES
 
 ADMISSION, SAVE = "objectcache.admission", "objectcache.save"
+GUESSED = 32  # characters of a name, at most, that may be a misspelt one
 
 
 @dataclass(frozen=True)
@@ -43,21 +44,22 @@ def asked(
 
 
 def mode_of(params: Mapping[str, Any] | None, usual: str) -> str:
-    """When a request is admitted on an engine whose option `admission` is `usual`. Raises Misconfigured."""
+    """When a request is admitted on an engine whose option `admission` is `usual`: no sooner than that
+    allows, since a step that waits for one request's layers holds up all. Raises Misconfigured."""
     value = (params or {}).get(ADMISSION)
     if value is None:
         return usual
     if value not in MODES:
-        text = value.lower() if isinstance(value, str) else ""
+        text = value.lower() if isinstance(value, str) and len(value) <= GUESSED else ""
         near = difflib.get_close_matches(text, MODES, n=1, cutoff=0.5)
         raise Misconfigured(
             f"{ADMISSION} is none of {', '.join(MODES)}.",
             f"did you mean {near[0]!r}?" if near else "send one of them as a JSON string.",
         )
-    if usual == STAGED and value != STAGED:
+    if MODES.index(value) > MODES.index(usual):  # from patient to impatient
         raise Misconfigured(
-            f"{ADMISSION} is {value}, and this engine admits no request before all is there.",
-            "set the engine's option 'admission' to just-in-time.",
+            f"{ADMISSION} is {value}, and this engine admits no request sooner than {usual}.",
+            f"set the engine's option 'admission' to {value} and vLLM's kv_load_failure_policy to fail.",
         )
     return str(value)
 

@@ -87,10 +87,11 @@ class Options:
         "staged",
         "When a prompt is admitted whose prefix is on its way: `staged`, when all of it lies verified in "
         "host memory, `just-in-time`, when the layers still missing will be there before they are "
-        "needed, or `at-once`, when its first layer is there; the steps then wait for the others, and all "
+        "needed (alone on the GPU it may stall up to 50 ms), or `at-once`, when its first layer is there; the steps then wait for the others, and all "
         "running requests with them. The last two need vLLM's `kv_load_failure_policy` to be `fail`: a "
-        "request whose last layers then do not come ends with an error. On such an engine a request may "
-        "choose for itself, by `objectcache.admission` in its `kv_transfer_params`.",
+        "request whose last layers then do not come ends with an error. With `at-once` let "
+        "`late_timeout_ms` exceed the longest load. A request may ask for one that is as patient as this or "
+        "more, `staged` being the most patient, by `objectcache.admission` in its `kv_transfer_params`.",
         choices=("staged", "just-in-time", "at-once"),
     )
     load: str = _option(
@@ -104,7 +105,7 @@ class Options:
     late_timeout_ms: int = _option(
         2000,
         "How long a step may wait for a layer of a prompt that was admitted before all was there; then that "
-        "request ends with an error.",
+        "request ends with an error. With `admission` `at-once` it must exceed the longest load.",
         low=1,
         high=60_000,
     )

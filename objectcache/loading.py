@@ -4,6 +4,7 @@ Events and `now` (seconds, one clock) in; it says nothing to workers, but what w
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from objectcache.admission import Admission, Phase
 from objectcache.choosing import Choosing, Other, Prompt
@@ -15,10 +16,21 @@ from objectcache.timely import Timely
 from objectcache.trace import Trace
 from objectcache.tracked import Tracked
 from objectcache.turns import Turns
+from objectcache.worth import Choice
 
 DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
 MOMENT_LEAST_S = 0.002  # between two looks at when a request may be admitted
 CHOICES = 8  # in a step: each takes a millisecond
+
+
+@dataclass
+class _Landing:
+    """A load that a request computes on before it is known when all of it is there."""
+
+    choice: Choice
+    began_s: float
+    ranks: int  # that have not said how it ended
+    lost: bool = False
 
 
 class Loading:
@@ -54,9 +66,12 @@ class Loading:
         self._line_s = line_s
         self._walked = False  # over those for which nothing was chosen, in this step
         self._held: int | None = None  # blocks of running requests, in this step
+        self._alone: bool | None = None  # whether nothing runs, in this step
+        self._known = True  # what the last step computed
         self._news = 0  # counts changes of what is being brought
         self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._found: list[Tracked] = []  # for which nothing was chosen yet
+        self._landing: dict[int, _Landing] = {}  # by job
         self._choices = CHOICES
         self._step = 0
 
@@ -187,15 +202,15 @@ class Loading:
         name = tracked.request.request_id
         if timely.admits and tracked.mode != STAGED and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
-            alone = not any(one.admitted for one in self._requests.values())
             tokens = tracked.request.num_tokens
-            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, alone)
+            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, self._is_alone())
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
             believed = tracked.mode == AT_ONCE or timely.left_s(tracked.job, now) <= most_s
             if moment is not None and self._trace.weighed(name, moment, now) and believed:
                 log.debug("objectcache: request %s: %s", name, moment.tell(now))
-                self._judge(tracked, moment.staged_s, now)
+                if tracked.mode != AT_ONCE:  # it asked for no estimate, and none was doubted
+                    self._judge(tracked, moment.staged_s, now)
                 admission.due()
                 return
             # To look costs a fraction of a millisecond, and many may be on their way.
@@ -203,6 +218,38 @@ class Loading:
             tracked.next_moment_s = now + max(MOMENT_LEAST_S, waits_s / 8)
         if self.choosing is not None and tracked.choice is not None and now >= tracked.next_look_s:
             self._give_up(self.choosing, tracked, admission, now)
+
+    def _is_alone(self) -> bool:
+        """Whether, as far as is known, nobody is on the GPU."""
+        if self._alone is None:
+            self._alone = self._known and not any(one.admitted for one in self._requests.values())
+        return self._alone
+
+    def admitted(self) -> None:
+        """Some request was, with a prefix or without."""
+        self._alone = False
+
+    def lands(self, tracked: Tracked) -> None:
+        """It was admitted on its job before all of it was there; `reported` hears how that ends."""
+        assert tracked.job is not None
+        self._counters.add("timely_prompts")
+        choice, tracked.choice = tracked.choice, None
+        if choice is not None and self.timely is not None:
+            ranks = self.timely.ranks
+            self._landing[tracked.job] = _Landing(choice, tracked.began_s, ranks)
+
+    def _landed(self, job: int, lost: bool, now: float) -> None:
+        """One rank says how its part of such a load ended. A lost one is not judged: why is not known."""
+        landing = self._landing.get(job)
+        if landing is None:
+            return
+        landing.ranks -= 1
+        landing.lost = landing.lost or lost
+        if landing.ranks:
+            return
+        del self._landing[job]
+        if self.choosing is not None and not landing.lost:
+            self.choosing.ended(landing.choice, now - landing.began_s, now)
 
     def _give_up(
         self, choosing: Choosing, tracked: Tracked, admission: Admission, now: float
@@ -262,7 +309,7 @@ class Loading:
         """A step computes so many tokens of each request. Its number, for the workers to report it;
         0 if that is of no use."""
         self.turns.stepped()
-        self._choices, self._walked, self._held = CHOICES, False, None
+        self._choices, self._walked, self._held, self._alone = CHOICES, False, None, None
         if self.timely is None:
             return 0
         self._step += 1
@@ -271,16 +318,23 @@ class Loading:
             for name, tokens in scheduled.items()
             if name in self._requests
         }
-        known = len(contexts) == len(scheduled)  # else there is work of which nothing is known
-        self.timely.scheduled(self._step, contexts if known else None, now)
+        self._known = len(contexts) == len(
+            scheduled
+        )  # else there is work of which nothing is known
+        self.timely.scheduled(self._step, contexts if self._known else None, now)
         return self._step
 
     def reported(self, report: StepReport, now: float) -> None:
         """What workers saw of steps, of prefixes on their way and of the wire."""
         if self.timely is None:
             return
+        for landed in report.landed:
+            self._landed(landed.job, landed.lost, now)
+        waits: dict[int, bool] = {}  # a step that waited on one rank held up all
         for step, waited in report.steps:
-            self.timely.stepped(step, waited, now)
+            waits[step] = waits.get(step, False) or waited
+        for step in sorted(waits):
+            self.timely.stepped(step, waits[step], now)
         self.timely.next_reports()
         for coming in report.coming:
             self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)

@@ -19,7 +19,7 @@ from objectcache.arrival import Arrivals
 from objectcache.compute import Estimate
 
 STAGED, JUST_IN_TIME, AT_ONCE = "staged", "just-in-time", "at-once"
-MODES = (STAGED, JUST_IN_TIME, AT_ONCE)
+MODES = (STAGED, JUST_IN_TIME, AT_ONCE)  # from patient to impatient
 EARLY_STALL_S = 0.05  # of a request that is admitted before it is time
 
 

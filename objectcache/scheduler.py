@@ -79,7 +79,6 @@ class SchedulerHalf:
         self._stage_chunks = stage_chunks
         self._unsure, self._admissions, self._evict = Unsure(ranks), 0, evict
         self._trace = trace or Trace(time.monotonic, keeps=False)
-        self._step = 0
         self._requests: dict[str, Tracked] = {}
         self._counters = Counters()
         self._breaker = Breaker()
@@ -179,6 +178,7 @@ class SchedulerHalf:
 
     def allocated(self, request_id: str, block_ids: Sequence[int], tokens: int) -> None:
         """vLLM admitted the request, `tokens` of it on our word; these are all its blocks."""
+        self.loading.admitted()
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
@@ -200,7 +200,7 @@ class SchedulerHalf:
             coming = tracked.admission.coming
             self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids, coming))
             if coming:
-                self._counters.add("timely_prompts")
+                self.loading.lands(tracked)
                 self._unsure.began(tracked.job, first, ids, self._admissions)
             self._counters.add("hit_tokens", tokens)
             self._forget_job(tracked)

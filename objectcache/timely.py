@@ -61,7 +61,7 @@ class Timely:
         self._slice_bytes = tuple(slice_bytes)
         self.pass_tokens = pass_tokens
         self.admits = admits
-        self._ranks = ranks
+        self.ranks = ranks
         self.compute = ComputeModel(costs) if costs is not None else ComputeModel()
         self.store = store or StoreModel()  # until anything was read
         self.wire: Wire | None = None  # as the workers measured it; None until they read something
@@ -94,7 +94,7 @@ class Timely:
         if found is None:
             return  # admitted or released meanwhile
         found.reports.append((chunks, ready, layers))
-        if len(found.reports) < self._ranks:
+        if len(found.reports) < self.ranks:
             return
         chunks, ready, layers = map(min, zip(*found.reports, strict=True))
         found.reports.clear()
@@ -206,7 +206,7 @@ class Timely:
             self._steps.append((step, work._replace(passes=1), now))
 
     def stepped(self, step: int, waited: bool, now: float) -> None:
-        """The results of a step are there, on one rank. One that waited for layers is not timed.
+        """The results of a step are there. One that `waited` for layers, on any rank, is not timed.
 
         A step that computes nothing says nothing of when the next one began: with asynchronous scheduling
         its results are taken only when that one was given to the GPU.

@@ -35,17 +35,34 @@ def test_all_wishes_come_together() -> None:
     assert asked(params, JUST_IN_TIME, nobody) == Asked(0.25, STAGED, False)
 
 
+ALLOWED = {
+    STAGED: (STAGED,),
+    JUST_IN_TIME: (STAGED, JUST_IN_TIME),
+    AT_ONCE: (STAGED, JUST_IN_TIME, AT_ONCE),
+}
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("usual", [JUST_IN_TIME, AT_ONCE])
-def test_where_requests_are_admitted_early_each_may_choose(mode: str, usual: str) -> None:
-    assert mode_of({ADMISSION: mode}, usual) == mode
+@pytest.mark.parametrize("usual", MODES)
+def test_a_request_may_be_more_patient_than_the_engine_and_never_less(
+    mode: str, usual: str
+) -> None:
+    if mode in ALLOWED[usual]:
+        assert mode_of({ADMISSION: mode}, usual) == mode
+        return
+    with pytest.raises(Misconfigured, match=f"admits no request sooner than {usual}") as refused:
+        mode_of({ADMISSION: mode}, usual)
+    assert f"'admission' to {mode}" in refused.value.hint
+    assert "kv_load_failure_policy to fail" in refused.value.hint
 
 
-@pytest.mark.parametrize("mode", [JUST_IN_TIME, AT_ONCE])
-def test_nobody_is_admitted_early_where_the_engine_does_not_allow_it(mode: str) -> None:
-    assert mode_of({ADMISSION: STAGED}, STAGED) == STAGED
-    with pytest.raises(Misconfigured, match="admits no request before"):
-        mode_of({ADMISSION: mode}, STAGED)
+def test_what_is_much_longer_than_a_name_is_compared_with_none() -> None:
+    with pytest.raises(Misconfigured) as refused:
+        mode_of({ADMISSION: "just-in-time" * 3}, AT_ONCE)
+    assert "did you mean" not in refused.value.hint
+    with pytest.raises(Misconfigured, match="none of staged") as refused:
+        mode_of({ADMISSION: "just in time, if you please"}, AT_ONCE)
+    assert "'just-in-time'" in refused.value.hint
 
 
 def test_a_wish_that_is_none_is_ignored_told_and_spoils_no_other() -> None:

@@ -190,7 +190,7 @@ def test_the_engine_admits_early_and_its_timeouts_are_long(session: Crowded) -> 
     session.setup.options = OPTIONS
     transfer = session.kwargs()["kv_transfer_config"]
     options = transfer["kv_connector_extra_config"]
-    assert transfer["kv_load_failure_policy"] == "fail" and options["admission"] == "just-in-time"
+    assert transfer["kv_load_failure_policy"] == "fail" and options["admission"] == "at-once"
     assert options["save"] and options["known_ttl_s"] == 0
     parse({"url": "memory://x", **OPTIONS})  # the real engine knows them
 

@@ -12,7 +12,18 @@ from typing import Any
 
 import pytest
 
-from objectcache import asked, choosing, cli, config, index, metrics, reference, support
+from objectcache import (
+    asked,
+    choosing,
+    cli,
+    config,
+    device,
+    index,
+    metrics,
+    moment,
+    reference,
+    support,
+)
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
@@ -196,8 +207,8 @@ def test_files_modules_and_metrics_that_are_named_exist(document: Path) -> None:
 # Words with an underscore, in backticks, that are somebody else's.
 FOREIGN = {
     "additional_config", "attention_config.use_non_causal", "cache_salt", "calculate_kv_scales",
-    "checksum_kind", "chunk_hash", "header_bytes", "header_checksum", "kv_both", "kv_consumer",
-    "kv_connector_extra_config", "kv_load_failure_policy", "kv_producer", "kv_role", "layer_bytes",
+    "checksum_kind", "chunk_hash", "gpu_memory_utilization", "header_bytes", "header_checksum", "kv_both",
+    "kv_consumer", "kv_connector_extra_config", "kv_load_failure_policy", "kv_producer", "kv_role", "layer_bytes",
     "load_format", "max_model_len", "model_name", "namespace_digest", "object_bytes", "reset_connector",
     "reset_prefix_cache", "block_tokens", "model.tensor_parallel_size", "kv_sharing_fast_prefill", "kv_transfer_params",
     "num_computed_tokens", "num_external_computed_tokens",
@@ -325,6 +336,30 @@ def test_the_readme_states_the_defaults_it_mentions() -> None:
     assert default.lookup_timeout_ms == 1000 and "1 s for a lookup" in text
     assert default.stage_timeout_ms == 10_000 and "10 s for loading" in text
     assert default.known_ttl_s == 300 and "seen in the last 300 s" in text
+
+
+def test_the_documents_state_how_much_gpu_memory_copies_take_and_how_long_one_alone_stalls() -> (
+    None
+):
+    text = (ROOT / "README.md").read_text()
+    assert (device.LOADS_STAGING_BYTES, device.STAGING_BYTES) == (256 << 20, 64 << 20)
+    assert "loads 256 MiB" in text and "64 MiB each for streams and for saves" in text
+    most = device.LOADS_STAGING_BYTES + 2 * device.STAGING_BYTES
+    assert f"Up to {most >> 20} MiB on a GPU of 80 GB" in text
+    assert 80e9 * device.LOADS_STAGING_SHARE >= device.LOADS_STAGING_BYTES
+    stall = f"stall up to {moment.EARLY_STALL_S * 1e3:.0f} ms"
+    for name in ("HOW_IT_WORKS.md", "OPTIONS.md"):
+        assert stall in (ROOT / "docs" / name).read_text()
+
+
+def test_the_readme_says_what_is_verified_and_moved_when() -> None:
+    text, default = (ROOT / "README.md").read_text(), config.Options()
+    assert default.mover == "auto" and default.admission == moment.STAGED
+    assert "processes of their own move the bytes by default" in text
+    assert "is not there yet" not in text and "the way from S3 does not yet" not in text
+    assert "only the first layer of all chunks is verified before vLLM is told" in text
+    for name in ("timely_prompts", "failed_prompts"):
+        assert "just in time or at once" in metrics.COUNTERS[name]
 
 
 def test_the_run_of_the_demo_in_the_readme_is_one_that_succeeded() -> None:

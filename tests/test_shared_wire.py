@@ -1,6 +1,8 @@
 """One wire for several processes: its rate is kept, shared by bodies, and may change. Also what is uploaded to the server that has it."""
 
 import os
+import resource
+import socket
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -109,6 +111,44 @@ def test_a_server_keeps_the_rate_of_its_wire_while_that_changes(tmp_path: Path) 
         assert rate_bytes_per_s(server.port, "/bucket/key", 8, 0.5) > 160e6
         with pytest.raises(OSError, match="not there"):
             rate_bytes_per_s(server.port, "/bucket/none", 1, 0.2)
+
+
+def test_without_a_limit_nobody_waits(tmp_path: Path) -> None:
+    wire, (one,), clock = shares(tmp_path, 1.0, [1])
+    clock.now += 1.0
+    assert one.take(PIECE_BYTES) == 0
+    assert 0 < one.wait_s() < 0.1, "who waits for a slow wire does not see it change"
+    wire.bytes_per_s = 0.0
+    assert one.wait_s() == 0.0
+
+
+def test_bodies_that_wait_for_a_slow_wire_come_when_its_limit_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket" / "key").write_bytes(bytes(8 << 20))
+    law = {"p50_ms": 0.0, "p99_ms": 0.0, "bytes_per_s": 0.0, "wire_bytes_per_s": 1000.0}
+    with S3Like(tmp_path / "server", "bucket", tmp_path, 1, **law) as server:
+        readers = [socket.create_connection(("127.0.0.1", server.port), 10.0) for _ in range(3)]
+        for reader in readers:
+            reader.sendall(b"GET /bucket/key HTTP/1.1\r\nHost: s3\r\n\r\n")
+            assert reader.recv(12) == b"HTTP/1.1 200"  # its head is there, and its body waits
+        server.set_wire(0.0)
+        for reader in readers:
+            came = 0
+            while came < 8 << 20:
+                data = reader.recv(1 << 20)
+                assert data, "the connection was closed"
+                came += len(data)
+            reader.close()
+
+
+def test_a_server_may_open_as_many_files_as_the_host_lets_it(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        with S3Like(tmp_path / "server", "bucket", tmp_path, 1, p50_ms=0.0, p99_ms=0.0) as server:
+            assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def put(server: S3Like, key: str, body: bytes, **headers: str) -> int:

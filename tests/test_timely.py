@@ -296,7 +296,7 @@ def test_an_abort_while_the_last_layers_come(
     assert one.generate(PROMPT) == want
 
 
-@pytest.mark.parametrize(("usual", "asked"), [("at-once", None), ("just-in-time", "at-once")])
+@pytest.mark.parametrize(("usual", "asked"), [("at-once", None), ("at-once", "at-once")])
 def test_at_once_is_admitted_with_its_first_layer_and_waits_for_the_others(
     engine: Engines, proxy: FaultProxy, want: list[list[int]], usual: str, asked: str | None
 ) -> None:

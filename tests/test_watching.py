@@ -1,0 +1,204 @@
+"""What Loading tells Timely and Choosing of who is alone, of steps on several ranks, and of loads that are admitted early. The decisions themselves: test_steps.py, test_moment.py. With an engine: test_timely.py."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from objectcache.admission import Admission, Phase
+from objectcache.choosing import Choosing
+from objectcache.compute import ComputeModel, Costs, Work
+from objectcache.flow import StoreModel
+from objectcache.keys import ChunkChain
+from objectcache.loading import DOUBT, DOUBT_S, Loading
+from objectcache.messages import Landed, StepReport
+from objectcache.metrics import Counters
+from objectcache.moment import AT_ONCE, JUST_IN_TIME
+from objectcache.timely import Timely
+from objectcache.trace import Trace
+from objectcache.tracked import Tracked
+from objectcache.turns import Turns
+from objectcache.wire import Wire
+from objectcache.worth import Choice
+
+LAYERS, SLICE, CHUNKS, CHUNK, BLOCK = 8, 1 << 20, 8, 384, 16
+PASS_S = 0.4  # whatever it computes
+LAYER_S = 0.1  # between two layers of all chunks
+
+
+class Known(ComputeModel):
+    """Every pass takes as long, and it keeps what it is told of others."""
+
+    def __init__(self) -> None:
+        super().__init__(Costs(PASS_S, 0.0, 0.0, 0.0))
+        for tokens in range(1, 200):
+            super().timed(Work(1, tokens, 200.0 * tokens), PASS_S)
+        self.heard: list[int] = []
+
+    def timed(self, work: Work, seconds: float) -> None:
+        self.heard.append(work.tokens)
+
+
+class Judges(Choosing):
+    """Keeps how long loads are said to have taken."""
+
+    def __init__(self) -> None:
+        self.told: list[float] = []
+
+    def ended(self, choice: Choice, took_s: float, now: float) -> None:
+        self.told.append(took_s)
+
+    def gives_up(self, *what: Any) -> tuple[str, float]:
+        return "", 1.0
+
+
+class Scene:
+    """A request whose load began at 0, and others beside it."""
+
+    def __init__(self, mode: str = JUST_IN_TIME, ranks: int = 1) -> None:
+        self.timely = Timely([SLICE] * LAYERS, 4096, ranks)
+        self.timely.compute = Known()
+        self.timely.heard(0, Wire(StoreModel(0.001, 0.002, SLICE / LAYER_S), CHUNKS))
+        self.judges = Judges()
+        self.requests: dict[str, Tracked] = {}
+        self.loading = Loading(
+            *(CHUNK, BLOCK, self.requests, Counters(), Turns(10, 10_000, by_priority=False)),
+            *(self.timely, self.judges, True, None),
+            *(Trace(lambda: 0.0, keeps=False), lambda now: False, 10.0),
+        )
+        self.one = self.has("a", 4000, 0)
+        self.one.mode = mode
+        self.one.choice = SimpleNamespace()  # type: ignore[assignment]
+        self.one.job, self.one.job_hashes = 1, [bytes([n]) for n in range(CHUNKS)]
+        self.admission = Admission(CHUNK, BLOCK, CHUNKS * CHUNK, 9.0, 99.0)
+        self.one.admission = self.admission
+        self.admission.looked_up(CHUNKS)
+        assert self.admission.ask(0, now=0.0).stage is not None
+        self.loading.began(self.one, 0.0)
+
+    def has(self, name: str, tokens: int, computed: int) -> Tracked:
+        request = SimpleNamespace(
+            request_id=name, num_tokens=tokens, num_computed_tokens=computed, priority=0
+        )
+        self.requests[name] = Tracked(request, ChunkChain(bytes(32), CHUNK, ()))
+        return self.requests[name]
+
+    def bring(self, now: float, layer_s: float = LAYER_S) -> None:
+        ready = min(LAYERS, int(now / layer_s + 1e-9))
+        landed = min(LAYERS * CHUNKS, int(CHUNKS * now / layer_s + 1e-9))
+        self.timely.seen(1, CHUNKS, ready, landed, now)
+
+    def is_let_go(self, now: float) -> bool:
+        self.loading.watch(self.one, self.admission, now)
+        return self.admission.phase is Phase.READY
+
+    def admitted_at(self, scheduled: dict[str, int]) -> float:
+        """When it is let go, if each step computes this."""
+        for hundredth in range(1, 100):
+            now = hundredth / 100
+            self.loading.scheduled(scheduled, now)
+            self.bring(now)
+            if self.is_let_go(now):
+                return now
+        raise AssertionError("never")
+
+
+def test_who_is_alone_is_let_go_sooner_than_who_has_somebody_beside_it() -> None:
+    alone = Scene().admitted_at({})
+    beside = Scene()
+    beside.has("b", 500, 499).admitted = True
+    assert beside.admitted_at({"b": 1}) >= alone + 0.05
+    assert 0.4 <= alone <= 0.5, "within a short stall of what is in time"
+
+
+def test_nobody_is_alone_beside_work_of_which_nothing_is_known() -> None:
+    assert Scene().admitted_at({"unheard of": 1}) >= Scene().admitted_at({}) + 0.05
+
+
+def test_of_two_in_one_step_only_the_first_is_alone() -> None:
+    scene = Scene()
+    soon = Scene().admitted_at({})
+    scene.loading.scheduled({}, soon)
+    for hundredth in range(1, round(soon * 100) + 1):
+        scene.bring(hundredth / 100)
+    scene.loading.admitted()
+    assert not scene.is_let_go(soon)
+    scene.loading.scheduled({}, soon)  # it ended at once
+    scene.one.next_moment_s = soon
+    assert scene.is_let_go(soon)
+
+
+class Requests(dict[str, Tracked]):
+    """Counts how often somebody goes through all."""
+
+    walks = 0
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+
+def test_who_runs_is_looked_up_once_a_step_however_many_are_watched() -> None:
+    scene = Scene()
+    scene.one.choice = None  # who might be given up looks at all as well
+    scene.loading._requests = requests = Requests(scene.requests)
+    for now in (0.05, 0.06, 0.07):
+        scene.loading.scheduled({}, now)
+        scene.bring(now)
+        for _ in range(20):
+            scene.one.next_moment_s = now
+            assert not scene.is_let_go(now)
+    assert requests.walks == 3
+
+
+def test_at_once_is_let_go_however_much_the_rest_of_its_load_is_doubted() -> None:
+    for mode in (AT_ONCE, JUST_IN_TIME):
+        scene = Scene(mode)
+        scene.bring(20.0, layer_s=20.0)  # two hundred times slower than the wire was
+        moment = scene.timely.when(1, 4000, CHUNKS * CHUNK, 20.0, mode)
+        assert moment is not None
+        left_s = scene.timely.left_s(1, 20.0)
+        assert left_s > DOUBT * (moment.staged_s - 20.0) + DOUBT_S, "nothing is doubted"
+        assert scene.is_let_go(20.0) == (mode == AT_ONCE)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_at_once_is_judged_by_when_all_of_it_is_there_not_by_what_was_expected(ranks: int) -> None:
+    scene = Scene(AT_ONCE, ranks)
+    for _ in range(ranks):
+        scene.bring(0.2)
+    assert scene.is_let_go(0.2) and scene.judges.told == []
+    scene.loading.lands(scene.one)
+    scene.loading.over(scene.one, 0.2)
+    for rank in range(ranks):
+        assert scene.judges.told == []
+        scene.loading.reported(StepReport(landed=[Landed(1, False)]), 5.0 + rank)
+    assert scene.judges.told == [4.0 + ranks]
+
+
+def test_a_load_that_is_lost_is_not_judged() -> None:
+    scene = Scene(AT_ONCE, ranks=2)
+    scene.bring(0.2)
+    scene.bring(0.2)
+    assert scene.is_let_go(0.2)
+    scene.loading.lands(scene.one)
+    scene.loading.reported(StepReport(landed=[Landed(1, True), Landed(1, False)]), 5.0)
+    assert scene.judges.told == [] and not scene.loading._landing
+
+
+def test_just_in_time_is_judged_by_what_is_expected_as_it_is_let_go_and_never_again() -> None:
+    scene = Scene()
+    now = scene.admitted_at({})
+    assert len(scene.judges.told) == 1 and scene.judges.told[0] > now
+    scene.loading.lands(scene.one)
+    scene.loading.reported(StepReport(landed=[Landed(1, False)]), 5.0)
+    assert len(scene.judges.told) == 1
+
+
+@pytest.mark.parametrize("waits", [(False, True), (True, False), (True, True), (False, False)])
+def test_a_step_that_waited_on_any_rank_is_not_timed(waits: tuple[bool, bool]) -> None:
+    scene = Scene(ranks=2)
+    scene.has("b", 1000, 0)
+    step = scene.loading.scheduled({"b": 1000}, 1.0)
+    scene.loading.reported(StepReport(steps=[(step, waited) for waited in waits]), 1.4)
+    assert scene.timely.compute.heard == ([] if any(waits) else [1000])  # type: ignore[attr-defined]
