@@ -57,7 +57,7 @@ class Options:
     max_connections: int = _option(
         256,
         "Most requests in flight to the store, for each half of the connector in each process of the engine. How many of them with bodies "
-        "the store rewards is measured, beginning with 32; on 503 there are fewer.",
+        "the store rewards is measured, beginning with 32, or with all if a process may have no more than 64; on 503 there are fewer.",
         low=1,
         high=4096,
     )
