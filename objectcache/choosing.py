@@ -38,6 +38,7 @@ class Prompt:
     local_tokens: int
     chunks: int
     deadline_s: float = math.inf  # for its first token, on the clock of `now`
+    early: bool = True  # whether it may be admitted before all is there, if any request may
 
 
 class Choosing:
@@ -77,7 +78,7 @@ class Choosing:
             self._object_bytes,
             self._layers,
         )
-        met = self._meets(wire, others, waiting_chunks, now)
+        met = self._meets(wire, prompt, others, waiting_chunks, now)
         compute, deadline_s = self._timely.compute, prompt.deadline_s - now
         choice = worth.choose(hit, met, compute, deadline_s=deadline_s)
         alone = choice.nothing.compute
@@ -108,7 +109,7 @@ class Choosing:
         in how many seconds to look again. `prompt.chunks` are those of the load."""
         end = prompt.local_tokens - prompt.local_tokens % self._chunk_tokens
         end = min(end + prompt.chunks * self._chunk_tokens, prompt.tokens - 1)
-        found = self._timely.expected(job, prompt.tokens, end, now)
+        found = self._timely.expected(job, prompt.tokens, end, now, prompt.early)
         if found is None:
             return "", LOOK_MOST_S
         admit_s = max(0.0, found.at_s - found.margin_s - now)
@@ -119,7 +120,7 @@ class Choosing:
         whole = seconds(prefill(prompt.tokens - local, local, most))
         if now - began >= EVIDENCE * whole.mean_s:
             left_s = self._timely.left_s(job, now)
-            if self._timely.admits:  # the pass goes along behind the last layers
+            if self._timely.admits and prompt.early:  # the pass goes along behind the last layers
                 left_s -= min(found.pass_s, left_s) * (self._layers - 1) / self._layers
             admit_s = max(admit_s, left_s)
         with_s = max(admit_s, busy_s) + rest.mean_s
@@ -143,7 +144,12 @@ class Choosing:
     # ---- what it meets
 
     def _meets(
-        self, wire: Wire, others: Iterable[Other], waiting_chunks: list[int], now: float
+        self,
+        wire: Wire,
+        prompt: Prompt,
+        others: Iterable[Other],
+        waiting_chunks: list[int],
+        now: float,
     ) -> worth.Now:
         others = list(others)
         left = self._timely.left_bytes() + [n * self._object_bytes for n in waiting_chunks]
@@ -163,7 +169,7 @@ class Choosing:
             wire_line=len(left),
             gpu_line=queued + len(decoding),
             slowness=self._use.slowness(now),
-            overlaps=self._timely.admits,
+            overlaps=self._timely.admits and prompt.early,
         )
 
     def _gpu_busy_s(self, others: Iterable[Other], now: float) -> float:

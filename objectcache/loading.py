@@ -143,7 +143,7 @@ class Loading:
         chunks = admission.wanted(local_tokens)
         if not chunks:
             return
-        prompt = Prompt(tracked.request.num_tokens, local_tokens, chunks, tracked.deadline_s)
+        prompt = _prompt(tracked, local_tokens, chunks)
         waiting = self.turns.chunks_waiting()
         choice = choosing.choose(prompt, self._others(tracked), waiting, now)
         if isinstance(choice, str):
@@ -257,7 +257,7 @@ class Loading:
         """Have it computed, if its load became so slow."""
         assert tracked.job is not None and tracked.choice is not None
         request, chunks = tracked.request, len(tracked.job_hashes)
-        prompt = Prompt(request.num_tokens, tracked.local_tokens, chunks, tracked.deadline_s)
+        prompt = _prompt(tracked, tracked.local_tokens, chunks)
         others = self._others(tracked)
         why, again_s = choosing.gives_up(
             tracked.choice, tracked.job, prompt, others, tracked.began_s, now
@@ -340,3 +340,9 @@ class Loading:
             self.timely.seen(coming.job, coming.chunks, coming.ready, coming.layers, now)
         for shard, wire in report.wires:
             self.timely.heard(shard, wire)
+
+
+def _prompt(tracked: Tracked, local_tokens: int, chunks: int) -> Prompt:
+    """What is priced of a request."""
+    early, tokens = tracked.mode != STAGED, tracked.request.num_tokens
+    return Prompt(tokens, local_tokens, chunks, tracked.deadline_s, early)

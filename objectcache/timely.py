@@ -133,13 +133,14 @@ class Timely:
         return self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone)
 
     def expected(
-        self, job: int, prompt_tokens: int, loaded_tokens: int, now: float
+        self, job: int, prompt_tokens: int, loaded_tokens: int, now: float, early: bool = True
     ) -> Moment | None:
-        """The same, as far as that can be said at any time; None of a job that is not followed."""
+        """The same, as far as that can be said at any time; None of a job that is not followed. `early`
+        is whether it may be admitted before all is there, if any may."""
         found = self._jobs.get(job)
         if found is None:
             return None
-        mode = JUST_IN_TIME if self.admits else STAGED
+        mode = JUST_IN_TIME if self.admits and early else STAGED
         return self._moment(found, prompt_tokens, loaded_tokens, now, mode)
 
     def left_s(self, job: int, now: float) -> float:

@@ -1,6 +1,7 @@
 """What each request is priced with: what it meets, deadlines, a load that became slow, a store that goes off. The prices: test_worth.py; with an engine: test_loads.py."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -93,6 +94,18 @@ def test_a_step_that_runs_keeps_the_gpu_until_it_ends() -> None:
     assert chosen(one, now=9.0).met.gpu_busy_s == 0.0
     one._timely.stepped(1, False, 9.0)
     assert chosen(one, now=9.0).met.gpu_busy_s == 0.0
+
+
+def test_who_asks_to_be_staged_is_priced_as_staged() -> None:
+    one = choosing(FAST, admits=True)
+    early, staged = chosen(one), chosen(one, replace(PROMPT, early=False))
+    assert early.met.overlaps and not staged.met.overlaps
+    assert staged.best.first_token_s > early.best.first_token_s
+    one._timely.heard(0, Wire(StoreModel(0.001, 0.002, 3e6), 15))  # 1.4 s, and 3.05 for the rest
+    one._timely.began(7, 15, 0.0)
+    long = Prompt(4000, 0, 15, deadline_s=4.2)  # all computes in 4.0
+    why = [one.gives_up(early, 7, replace(long, early=e), [], 0.0, 0.0)[0] for e in (True, False)]
+    assert why[0] == "" and "to keep its deadline" in why[1]
 
 
 def test_a_deadline_counts_before_what_others_wait() -> None:
