@@ -34,8 +34,9 @@ import numpy as np
 import torch
 
 from benchmarks import command, results
-from objectcache.device import CudaCopies, Run
+from objectcache.device import CudaCopies
 from objectcache.format import ObjectLayout
+from objectcache.runs import Run
 
 LAYERS, BLOCKS, HEADER_BYTES = 32, 16, 4096
 ROUNDS = 5

@@ -6,6 +6,7 @@ Pure: events and `now` (seconds, any monotonic clock) in, answers out. The life 
        \\________________\\________________\\___ timeout, nothing there, request gone ___/
 
     FOUND --asked, too long to stage--> OFFERED --admitted--> STREAMING --ended--> OVER
+    READY --asked, to be copied ahead--> READY --admitted--> STREAMING --ended--> OVER
 
 Tokens are promised only when their bytes lie verified in host memory, so that a promise cannot
 fail: whatever goes wrong before it costs a recompute and nothing else. What host memory cannot hold
@@ -54,7 +55,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Load:
-    """Copy staged blocks [first_block, first_block + blocks) of the job to the request's own blocks."""
+    """Copy staged blocks [first_block, first_block + blocks) of the job to the request's own blocks: in the
+    step, or ahead of it if that was promised."""
 
     first_block: int
     blocks: int
@@ -97,6 +99,7 @@ class Admission:
     _staged: int = 0
     _wanted: int = 0  # chunks of the job
     coming: bool = False  # claimed before all of it was there
+    ahead: bool = False  # claimed for a request that vLLM parks until it is in its blocks
 
     def looked_up(self, chunks: int) -> None:
         """The first `chunks` chunks of the prefix exist."""
@@ -156,11 +159,14 @@ class Admission:
     def staging(self) -> bool:
         return self.phase is Phase.STAGING
 
-    def ask(self, local_tokens: int, now: float, may_stage: bool = True) -> Answer:
+    def ask(
+        self, local_tokens: int, now: float, may_stage: bool = True, ahead: bool = False
+    ) -> Answer:
         """vLLM has `local_tokens` (whole blocks) itself: how many more are there to load?
 
         May be asked any number of times. With `may_stage` False nothing is fetched yet, because
-        another request is bringing the same chunk.
+        another request is bringing the same chunk. With `ahead` what is staged is promised as an
+        asynchronous load, too, to be copied while others compute.
         """
         if self.phase is Phase.LOOKUP:
             return self._over(timed_out=True) if now >= self.lookup_deadline else WAIT
@@ -170,14 +176,16 @@ class Admission:
             late = now >= self._deadline + STAGE_GRACE_S
             return self._over(release=True, timed_out=True) if late else WAIT
         if self.phase is Phase.READY:
-            tokens = self._claim(local_tokens)
-            return Answer(tokens) if tokens > 0 else self._over(release=True)
+            tokens, self.ahead = self._claim(local_tokens), ahead
+            if tokens == 0:
+                return self._over(release=True)
+            return Answer(tokens, asynchronous=ahead)
         return NOTHING
 
     def allocated(self, tokens: int, local_tokens: int) -> tuple[Load | Stream | None, bool]:
         """The request was admitted with `tokens` of ours after `local_tokens`.
 
-        Returns what to do, and whether staged chunks are to be given back unused. After a stream
+        Returns what to do, and whether staged chunks are to be given back unused. Of a parked request
         vLLM says so once more, with no tokens.
         """
         if self.phase is Phase.STREAMING:
@@ -197,6 +205,8 @@ class Admission:
         assert before is Phase.READY and tokens <= self._end() - local_tokens, (
             "vLLM admits more than was promised"
         )
+        if self.ahead:
+            self.phase = Phase.STREAMING
         first_token = self._first * self.chunk_tokens
         return (
             Load(
@@ -207,7 +217,7 @@ class Admission:
         )
 
     def ended(self) -> None:
-        """The stream did all that it could, on every rank."""
+        """What the request was parked for is there, or did not come, on every rank."""
         if self.phase is Phase.STREAMING:
             self.phase = Phase.OVER
 

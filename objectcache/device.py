@@ -10,13 +10,13 @@ pages are written.
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from objectcache.format import ObjectLayout
+from objectcache.runs import Batch, Run, cut
 from objectcache.slots import HostSlots
 from objectcache.staging import (
     ALIGN_BYTES,
@@ -35,16 +35,10 @@ STAGING_BYTES = 64 << 20  # GPU memory of each of three ways; half of it is 0.6 
 # A step's loads get more where the GPU has it: half of it is what goes in one call, and each call costs the
 # host 0.14 ms within the forward pass (measured; 224 of them for 64K tokens with 64 MiB, 64 with this).
 LOADS_STAGING_BYTES, LOADS_STAGING_SHARE = 256 << 20, 1 / 256
+# What is loaded apart from steps costs as many calls, between steps.
+APART_STAGING_BYTES, APART_STAGING_SHARE = 128 << 20, 1 / 512
+CPU_PART_BLOCKS = 64
 LAYERS_AHEAD = 2  # layers whose copies are submitted before the one that is waited for
-
-
-@dataclass(frozen=True)
-class Run:
-    """Blocks [first_block, first_block + len(block_ids)) of a slot's chunk, and their page numbers."""
-
-    slot: int
-    first_block: int
-    block_ids: Sequence[int]
 
 
 class Bytes(Protocol):
@@ -175,6 +169,20 @@ class Copies(ABC):
         """Chunks whose pages are written, and whose slots are not read any more. Each is named once."""
 
     @abstractmethod
+    def begin_apart(self, runs: list[Run]) -> list[Batch]:
+        """Pages that are written apart from any step, layer by layer, behind what the caller's stream did to
+        them until now. In parts of which a layer passes at once."""
+
+    @abstractmethod
+    def submit_part(self, job: int, layer: int, batch: Batch) -> None:
+        """Copy one layer of a part. Until that is counted nobody may use its pages or its slots."""
+
+    @abstractmethod
+    def parts_loaded(self) -> list[int]:
+        """The jobs of parts whose pages are written, and whose slots are not read any more. Each part
+        counts once."""
+
+    @abstractmethod
     def submit_save(self, save: int, run: Run) -> None:
         """Copy a whole chunk's pages to its slot. The pages may change after the caller's stream goes on."""
 
@@ -202,6 +210,7 @@ class CpuCopies(Copies):
         super().__init__(pages, slots, layout)
         self._loaded: list[int] = []
         self._chunks: list[tuple[int, int]] = []
+        self._parts: list[int] = []
         self._saved: list[int] = []
 
     def _begin_loads(self) -> None:
@@ -231,6 +240,18 @@ class CpuCopies(Copies):
     def chunks_loaded(self) -> list[tuple[int, int]]:
         chunks, self._chunks = self._chunks, []
         return chunks
+
+    def begin_apart(self, runs: list[Run]) -> list[Batch]:
+        return cut(runs, CPU_PART_BLOCKS)
+
+    def submit_part(self, job: int, layer: int, batch: Batch) -> None:
+        for run in batch.runs:
+            self._copy(layer, run)
+        self._parts.append(job)
+
+    def parts_loaded(self) -> list[int]:
+        parts, self._parts = self._parts, []
+        return parts
 
     def submit_save(self, save: int, run: Run) -> None:
         for layer in range(len(self._pages)):
@@ -282,17 +303,21 @@ class CudaCopies(Copies):
         bus = Bus(slots.tensor, batched)
         least = 2 * (max(layout.slice_bytes) + ALIGN_BYTES)
         size = max(least, STAGING_BYTES if staging_bytes is None else staging_bytes)
-        loads = max(size, _loads_staging_bytes(device) if staging_bytes is None else 0)
+        loads = apart = size
+        if staging_bytes is None:
+            loads = max(size, _bytes_of(device, LOADS_STAGING_BYTES, LOADS_STAGING_SHARE))
+            apart = max(size, _bytes_of(device, APART_STAGING_BYTES, APART_STAGING_SHARE))
         self._loads = Lane(bus, loads, device, urgent=True)
-        self._chunks = Lane(bus, size, device, urgent=False)
+        self._chunks = Lane(bus, apart, device, urgent=False)
         self._saves_lane = ReturnLane(bus, size, device)
         reserve_pinned()
         self._layer_events = [torch.cuda.Event() for _ in pages]
-        self._batches: list[_Batch] = []
+        self._batches: list[Batch] = []
         self._submitted = 0  # layers of this step's loads
-        self._save_batches: list[_Batch] = []
+        self._save_batches: list[Batch] = []
         self._loaded: deque[tuple[list[int], torch.cuda.Event]] = deque()
         self._chunks_out: deque[tuple[tuple[int, int], torch.cuda.Event]] = deque()
+        self._parts_out: deque[tuple[int, torch.cuda.Event]] = deque()
         self._saved: deque[tuple[list[int], torch.cuda.Event]] = deque()
         self._warm_up()
 
@@ -363,6 +388,21 @@ class CudaCopies(Copies):
     def chunks_loaded(self) -> list[tuple[int, int]]:
         return _happened(self._chunks_out)
 
+    def begin_apart(self, runs: list[Run]) -> list[Batch]:
+        self._chunks.follow()
+        batches = self._cut(runs, self._chunks.most)
+        for batch in batches:
+            batch.index = self._chunks.index(batch.block_ids * self._step)
+        return batches
+
+    def submit_part(self, job: int, layer: int, batch: Batch) -> None:
+        assert batch.index is not None
+        self._chunks.push(self._pieces(layer, batch), self._layers[layer], batch.index)
+        self._parts_out.append((job, self._chunks.record()))
+
+    def parts_loaded(self) -> list[int]:
+        return _happened(self._parts_out)
+
     # ---- saves
 
     def submit_save(self, save: int, run: Run) -> None:
@@ -392,20 +432,11 @@ class CudaCopies(Copies):
 
     # ---- what is where
 
-    def _cut(self, runs: list[Run], most_bytes: int) -> list["_Batch"]:
+    def _cut(self, runs: list[Run], most_bytes: int) -> list[Batch]:
         """Runs in groups that fit, whichever layer."""
-        most = most_bytes // max(self._page_bytes)
-        groups: list[list[Run]] = []
-        count = most
-        for run in runs:
-            if count + len(run.block_ids) > most:
-                groups.append([])
-                count = 0
-            groups[-1].append(run)
-            count += len(run.block_ids)
-        return [_Batch.of(group) for group in groups]
+        return cut(runs, most_bytes // max(self._page_bytes))
 
-    def _pieces(self, layer: int, batch: "_Batch") -> Pieces:
+    def _pieces(self, layer: int, batch: Batch) -> Pieces:
         """What a batch's slots hold of one layer."""
         size = self._page_bytes[layer]
         return Pieces(batch.slots, self._offsets[layer] + batch.first * size, batch.counts * size)
@@ -427,29 +458,10 @@ class CudaCopies(Copies):
                 yield pieces, table.table, rows
 
 
-@dataclass
-class _Batch:
-    """Runs that pass through the staging buffer together, layer by layer."""
-
-    slots: Numbers
-    first: Numbers  # block of the slot's chunk
-    counts: Numbers
-    block_ids: Numbers
-    index: torch.Tensor | None = None  # their rows, on the GPU
-
-    @classmethod
-    def of(cls, runs: list[Run]) -> "_Batch":
-        return cls(
-            np.array([run.slot for run in runs], np.int64),
-            np.array([run.first_block for run in runs], np.int64),
-            np.array([len(run.block_ids) for run in runs], np.int64),
-            np.array([block for run in runs for block in run.block_ids], np.int64),
-        )
-
-
-def _loads_staging_bytes(device: torch.device) -> int:
-    memory = int(torch.cuda.get_device_properties(device).total_memory * LOADS_STAGING_SHARE)
-    return min(LOADS_STAGING_BYTES, memory) // ALIGN_BYTES * ALIGN_BYTES
+def _bytes_of(device: torch.device, most: int, share: float) -> int:
+    """Of a GPU's memory."""
+    memory = int(torch.cuda.get_device_properties(device).total_memory * share)
+    return min(most, memory) // ALIGN_BYTES * ALIGN_BYTES
 
 
 def _happened(waiting: deque[tuple[T, "torch.cuda.Event"]]) -> list[T]:

@@ -68,6 +68,7 @@ class Loading:
         self._held: int | None = None  # blocks of running requests, in this step
         self._alone: bool | None = None  # whether nothing runs, in this step
         self._known = True  # what the last step computed
+        self._beside = 0  # requests that it computed, and that were admitted since
         self._news = 0  # counts changes of what is being brought
         self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._found: list[Tracked] = []  # for which nothing was chosen yet
@@ -203,7 +204,8 @@ class Loading:
         if timely.admits and tracked.mode != STAGED and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
             tokens = tracked.request.num_tokens
-            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, self._is_alone())
+            others = (self._is_alone(), self._beside)
+            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, *others)
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
             believed = tracked.mode == AT_ONCE or timely.left_s(tracked.job, now) <= most_s
@@ -211,6 +213,7 @@ class Loading:
                 log.debug("objectcache: request %s: %s", name, moment.tell(now))
                 if tracked.mode != AT_ONCE:  # it asked for no estimate, and none was doubted
                     self._judge(tracked, moment.staged_s, now)
+                tracked.ahead = moment.ahead
                 admission.due()
                 return
             # To look costs a fraction of a millisecond, and many may be on their way.
@@ -218,6 +221,19 @@ class Loading:
             tracked.next_moment_s = now + max(MOMENT_LEAST_S, waits_s / 8)
         if self.choosing is not None and tracked.choice is not None and now >= tracked.next_look_s:
             self._give_up(self.choosing, tracked, admission, now)
+
+    def goes_ahead(self, tracked: Tracked, admission: Admission, now: float) -> bool:
+        """Whether what is there of a prefix, or comes, is copied while others compute, and not in the step
+        that computes on it."""
+        if self.timely is None or admission.phase is not Phase.READY:
+            return False
+        if admission.coming:
+            return tracked.ahead
+        if tracked.mode == AT_ONCE or not self._beside:
+            return False
+        chunks, end = len(tracked.job_hashes), admission.end_of(len(tracked.job_hashes))
+        found = self.timely.staged(tracked.request.num_tokens, end, chunks, now, self._beside)
+        return found.ahead
 
     def _is_alone(self) -> bool:
         """Whether, as far as is known, nobody is on the GPU."""
@@ -228,6 +244,13 @@ class Loading:
     def admitted(self) -> None:
         """Some request was, with a prefix or without."""
         self._alone = False
+        self._beside += 1
+
+    def parks(self, job: int) -> None:
+        """Its request was admitted to wait until it is copied: there is nothing to decide any more."""
+        self._counters.add("ahead_prompts")
+        if self.timely is not None:
+            self.timely.forget(job)
 
     def lands(self, tracked: Tracked) -> None:
         """It was admitted on its job before all of it was there; `reported` hears how that ends."""
@@ -309,6 +332,7 @@ class Loading:
         """A step computes so many tokens of each request. Its number, for the workers to report it;
         0 if that is of no use."""
         self.turns.stepped()
+        self._beside = len(scheduled)
         self._choices, self._walked, self._held, self._alone = CHOICES, False, None, None
         if self.timely is None:
             return 0

@@ -25,12 +25,16 @@ class StageCommand:
 
 @dataclass(frozen=True)
 class LoadCommand:
-    """Copy blocks [first_block, first_block + len(block_ids)) of a staged job to these pages, then release it."""
+    """Copy blocks [first_block, first_block + len(block_ids)) of a staged job to these pages, then release it.
+
+    In this step; or, with `request_id`, beside the steps to come, while vLLM keeps that request parked, and
+    then report the request and the job, once."""
 
     job: int
     first_block: int
     block_ids: list[int]
     coming: bool = False  # its last layers may not be there yet
+    request_id: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class Landed:
 
 @dataclass(frozen=True)
 class Streamed:
-    """`chunks` leading chunks of the stream are in their pages; `error` is why not more, or ""."""
+    """`chunks` leading chunks of what a parked request waited for are in their pages; `error` is why not
+    more, or ""."""
 
     job: int
     chunks: int

@@ -16,6 +16,7 @@ COUNTERS: dict[str, str] = {
     "hit_tokens": "Tokens whose KV was loaded and not computed.",
     "recomputed_tokens": "Tokens that the store was found to have and that were computed, because that is sooner.",
     "given_up_prompts": "Prompts whose load became so slow that all was computed.",
+    "ahead_prompts": "Prompts that waited outside of the batch while their prefix was copied to the GPU.",
     "timely_prompts": "Prompts admitted just in time or at once, before all of their prefix was there.",
     "waited_layers": "Layers for which a step had to wait.",
     "failed_prompts": "Prompts admitted just in time or at once whose prefix then did not come: requests that failed.",

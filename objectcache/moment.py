@@ -13,7 +13,7 @@ all else that is in its batch.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from objectcache.arrival import Arrivals
 from objectcache.compute import Estimate
@@ -21,6 +21,8 @@ from objectcache.compute import Estimate
 STAGED, JUST_IN_TIME, AT_ONCE = "staged", "just-in-time", "at-once"
 MODES = (STAGED, JUST_IN_TIME, AT_ONCE)  # from patient to impatient
 EARLY_STALL_S = 0.05  # of a request that is admitted before it is time
+AHEAD_BYTES_PER_S = 16e9  # of what is copied while others compute, step by step
+AHEAD_LAG_S = 0.03  # a few steps: until its end is noticed, and the request is in one
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Moment:
     layers: int
     layer_s: Estimate
     pass_s: float  # of the first forward pass, from its start, if nothing is late
+    ahead: bool = False  # it is copied while others compute, and computes when that has ended
 
     def due(self, now: float) -> bool:
         """Whether it is time."""
@@ -63,12 +66,15 @@ class Moment:
             "layer_sigma_ms": self.layer_s.sigma_s,
             "pass_ms": self.pass_s,
         }
-        return {"layer": self.layer} | {name: round(s * 1e3, 3) for name, s in each.items()}
+        which = {"layer": self.layer, "ahead": int(self.ahead)}
+        return which | {name: round(s * 1e3, 3) for name, s in each.items()}
 
     def tell(self, now: float) -> str:
         """For a person who asks why."""
         wait_s = self.at_s - now
         when = f"in {_ms(wait_s)}" if wait_s > 0.0 else f"now, possible since {_ms(-wait_s)}"
+        if self.ahead:
+            when += ", to be copied while others compute"
         gain_s = self.staged_s - self.at_s
         than = "sooner than" if gain_s >= 0.0 else "later than"
         return (
@@ -144,6 +150,25 @@ def early(moment: Moment, now: float, stall_s: float, next_ask_s: float, others:
     short stall: who comes during a long one waits as well, however few are there now."""
     waits_s = max(moment.at_s - now, next_ask_s)
     return stall_s <= EARLY_STALL_S and stall_s * (1 + others) <= waits_s
+
+
+def ahead(moment: Moment, now: float, copy_s: float, total_bytes: int, beside: int) -> Moment:
+    """The same, or if that is better the moment from which on the prefix is copied into the blocks of a
+    parked request, while the `beside` others that are on the GPU go on.
+
+    In its own step it is copied layer by layer as that computes, and all wait for the bus as far as it
+    takes longer: `beside` times that, against how much later the request itself gets its token. Seconds
+    of each count the same.
+    """
+    computes_s = moment.layers * moment.layer_s.mean_s
+    stalls_s = pass_s(moment.layers, moment.layer_s.mean_s, copy_s) - computes_s
+    copies_s = total_bytes / AHEAD_BYTES_PER_S
+    begins_s = max(now, moment.staged_s - copies_s)
+    there_s = max(moment.staged_s, begins_s + copies_s) + AHEAD_LAG_S
+    later_s = there_s - (max(now, moment.at_s) + stalls_s)
+    if not beside or stalls_s * beside <= later_s:
+        return moment
+    return replace(moment, at_s=begins_s, margin_s=0.0, ahead=True)
 
 
 def _ms(seconds: float) -> str:

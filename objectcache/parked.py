@@ -9,9 +9,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from objectcache.device import Copies, Run
+from objectcache.device import Copies
 from objectcache.messages import StreamCommand
 from objectcache.mover import Arrived, Mover
+from objectcache.runs import Run
 from objectcache.through import StreamResult
 
 # To submit a chunk costs the step about 1 ms on a GPU, and the copy itself on a CPU.

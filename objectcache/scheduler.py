@@ -22,7 +22,6 @@ from objectcache.lookup import Lookup, LookupResult, check
 from objectcache.loop import LoopThread
 from objectcache.messages import (
     LoadCommand,
-    SaveCommand,
     StageCommand,
     StepCommands,
     StepReport,
@@ -30,10 +29,11 @@ from objectcache.messages import (
 )
 from objectcache.metrics import STORE_COUNTERS, Counters, ObjectCacheStats
 from objectcache.report import Reporter
+from objectcache.saves import Saves
 from objectcache.stores import open_store
 from objectcache.timely import Timely
 from objectcache.trace import Trace
-from objectcache.tracked import Saving, Streaming, Tracked
+from objectcache.tracked import Streaming, Tracked
 from objectcache.turns import Turns
 from objectcache.unsure import Unsure
 
@@ -101,7 +101,7 @@ class SchedulerHalf:
         self._jobs: dict[int, Tracked] = {}
         self._stage_reports: dict[int, list[tuple[int, str]]] = {}
         self._streams: dict[int, Streaming] = {}
-        self._saving: dict[bytes, Saving] = {}
+        self._saving = Saves(options.chunk_tokens, block_tokens, shards, self._known)
         self._next_ticket = 0
         self._commands = StepCommands()
         self._reporter = Reporter()
@@ -166,7 +166,8 @@ class SchedulerHalf:
             return None, False
         if admission.staging:
             self.loading.watch(tracked, admission, now)
-        answer = admission.ask(local_tokens, now, self.loading.may_stage(tracked))
+        ahead = self.loading.goes_ahead(tracked, admission, now)
+        answer = admission.ask(local_tokens, now, self.loading.may_stage(tracked), ahead)
         if answer.stage is not None:
             self._stage(tracked, answer.stage.first, answer.stage.count)
         if answer.release:
@@ -196,14 +197,7 @@ class SchedulerHalf:
         if isinstance(load, Stream):
             self._stream(tracked, load, request_id, ids)
         elif isinstance(load, Load):
-            assert tracked.job is not None
-            coming = tracked.admission.coming
-            self._commands.loads.append(LoadCommand(tracked.job, load.first_block, ids, coming))
-            if coming:
-                self.loading.lands(tracked)
-                self._unsure.began(tracked.job, first, ids, self._admissions)
-            self._counters.add("hit_tokens", tokens)
-            self._forget_job(tracked)
+            self._load(tracked, load, ids, ahead=tracked.admission.ahead)
 
     def finished(self, request_id: str) -> None:
         tracked = self._requests.pop(request_id, None)
@@ -230,7 +224,7 @@ class SchedulerHalf:
                 if tracked is None or not tracked.saves or tracked.misled:
                     continue
                 if request_id not in misled:
-                    commands.saves += self._saves_of(tracked, tokens, block_ids, now)
+                    commands.saves += self._saving.of(tracked, tokens, block_ids, now)
         return commands
 
     def reported(self, report: StepReport) -> None:
@@ -258,11 +252,7 @@ class SchedulerHalf:
                 del self._streams[streamed.job]
                 self._streamed(streaming, *min(streaming.reports), now=now)
         for saved in report.saved:
-            saving = self._saving.get(saved.chunk_hash)
-            if saving is not None:
-                saving.outcomes.append(saved.outcome)
-                if len(saving.outcomes) == self._shards:
-                    self._chunk_saved(saved.chunk_hash, saving, now)
+            self._saving.saved(saved.chunk_hash, saved.outcome, now)
 
     @property
     def has_work(self) -> bool:
@@ -399,10 +389,33 @@ class SchedulerHalf:
 
     def _stream(self, tracked: Tracked, load: Stream, request_id: str, ids: list[int]) -> None:
         job = self._new_job(tracked, load.first, load.count)
-        hashes, local = tracked.job_hashes, tracked.local_tokens
-        tokens = range(local, local + load.blocks * self._block_tokens)
-        self._streams[job] = Streaming(tracked, hashes, tokens)
+        self._expect(job, tracked, load.blocks * self._block_tokens)
+        hashes = tracked.job_hashes
         self._commands.streams.append(StreamCommand(job, request_id, hashes, load.first_block, ids))
+
+    def _load(self, tracked: Tracked, load: Load, ids: list[int], ahead: bool) -> None:
+        job, local = tracked.job, tracked.local_tokens
+        assert job is not None and tracked.admission is not None
+        coming, tokens = tracked.admission.coming, load.blocks * self._block_tokens
+        name = tracked.request.request_id if ahead else ""
+        self._commands.loads.append(LoadCommand(job, load.first_block, ids, coming, name))
+        if ahead:
+            self.loading.parks(job)
+            self._expect(job, tracked, tokens)
+            return
+        if coming:
+            self.loading.lands(tracked)
+            self._unsure.began(job, local // self._block_tokens, ids, self._admissions)
+        self._counters.add("hit_tokens", tokens)
+        self._forget_job(tracked)
+
+    def _expect(self, job: int, tracked: Tracked, tokens: int) -> None:
+        """Workers will say how so many tokens of a parked request came."""
+        local, chunk_tokens = tracked.local_tokens, self._options.chunk_tokens
+        first, end = local // chunk_tokens, -(-(local + tokens) // chunk_tokens)
+        self._forget_stage(job)
+        hashes = tracked.chain.hashes[first:end]
+        self._streams[job] = Streaming(tracked, hashes, range(local, local + tokens))
 
     def _new_job(self, tracked: Tracked, first: int, count: int) -> int:
         self._next_ticket += 1
@@ -424,9 +437,9 @@ class SchedulerHalf:
             return
         tracked, tokens = streaming.tracked, streaming.tokens
         assert tracked.admission is not None
-        self._judge(tracked, error, tracked.job_first + chunks, now)
-        tracked.admission.ended()
         first = tokens.start // self._options.chunk_tokens
+        self._judge(tracked, error, first + chunks, now)
+        tracked.admission.ended()
         came = min((first + chunks) * self._options.chunk_tokens, tokens.stop)
         self._counters.add("hit_tokens", max(0, came - tokens.start))
         if chunks < len(streaming.chunk_hashes):
@@ -458,41 +471,10 @@ class SchedulerHalf:
 
     def _forget_job(self, tracked: Tracked) -> None:
         assert tracked.job is not None
-        self._jobs.pop(tracked.job, None)  # no stream
-        self._stage_reports.pop(tracked.job, None)
+        self._forget_stage(tracked.job)
         self.loading.over(tracked, time.monotonic())
         tracked.job, tracked.job_hashes = None, []
 
-    # ---- saves
-
-    def _saves_of(
-        self, tracked: Tracked, tokens: int, block_ids: Any, now: float
-    ) -> list[SaveCommand]:
-        """Chunks of one request that this step completes and that are not in the store."""
-        request = tracked.request
-        # Tokens that are known and, after this step, computed: neither drafts nor placeholders.
-        computed = min(request.num_computed_tokens + tokens, request.num_tokens)
-        chunk_tokens = self._options.chunk_tokens
-        whole = min(computed // chunk_tokens, tracked.extended(chunk_tokens))
-        if whole <= tracked.save_from:
-            return []
-        per_chunk = self._options.chunk_tokens // self._block_tokens
-        blocks = block_ids(request.request_id)
-        saves = []
-        for chunk in range(tracked.save_from, whole):
-            chunk_hash = tracked.chain.hashes[chunk]
-            if chunk_hash in self._saving or self._known.has(chunk_hash, now):
-                continue
-            self._saving[chunk_hash] = Saving(tracked, chunk)
-            saves.append(
-                SaveCommand(chunk_hash, list(blocks[chunk * per_chunk : (chunk + 1) * per_chunk]))
-            )
-        tracked.save_from = whole
-        return saves
-
-    def _chunk_saved(self, chunk_hash: bytes, saving: Saving, now: float) -> None:
-        del self._saving[chunk_hash]
-        if all(outcome in ("written", "existed") for outcome in saving.outcomes):
-            self._known.add(chunk_hash, now)
-        elif "dropped" in saving.outcomes:  # there was no room: again in the request's next step
-            saving.tracked.save_from = min(saving.tracked.save_from, saving.chunk)
+    def _forget_stage(self, job: int) -> None:
+        self._jobs.pop(job, None)
+        self._stage_reports.pop(job, None)

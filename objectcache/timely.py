@@ -7,10 +7,18 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from objectcache.arrival import Coming
-from objectcache.compute import ComputeModel, Costs, Work, decodes, first_pass, prefill
+from objectcache.arrival import Arrivals, Coming
+from objectcache.compute import ComputeModel, Costs, Estimate, Work, decodes, first_pass, prefill
 from objectcache.flow import StoreModel
-from objectcache.moment import JUST_IN_TIME, STAGED, Moment, early, moment, stall_s
+from objectcache.moment import (
+    JUST_IN_TIME,
+    STAGED,
+    Moment,
+    ahead,
+    early,
+    moment,
+    stall_s,
+)
 from objectcache.wire import Wire, slowest
 
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
@@ -57,8 +65,10 @@ class Timely:
         costs: Costs | None = None,
         store: StoreModel | None = None,
         admits: bool = True,
+        bus_bytes_per_s: float = BUS_BYTES_PER_S,
     ) -> None:
         self._slice_bytes = tuple(slice_bytes)
+        self._bus_bytes_per_s = bus_bytes_per_s
         self.pass_tokens = pass_tokens
         self.admits = admits
         self.ranks = ranks
@@ -123,14 +133,19 @@ class Timely:
         now: float,
         mode: str = JUST_IN_TIME,
         alone: bool = False,
+        beside: int = 0,
     ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
         known that all of its chunks are right. While it is `alone` on the GPU a short stall is nobody's
-        loss: its pass ends no later for having begun too early."""
+        loss: its pass ends no later for having begun too early. With others `beside` it the bus may be."""
         found = self._jobs.get(job)
         if found is None or found.ready < 1:
             return None
-        return self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone)
+        when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone)
+        if mode != JUST_IN_TIME or not beside:
+            return when
+        total_bytes = found.chunks * sum(self._slice_bytes)
+        return ahead(when, now, self._copy_s(found.chunks), total_bytes, beside)
 
     def expected(
         self, job: int, prompt_tokens: int, loaded_tokens: int, now: float, early: bool = True
@@ -169,9 +184,8 @@ class Timely:
         mode: str,
         alone: bool = False,
     ) -> Moment:
-        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
-        layer_s = self.compute.seconds(work).over(len(self._slice_bytes))
-        copy_s = max(self._slice_bytes) * job.chunks / BUS_BYTES_PER_S
+        layer_s = self._layer_s(prompt_tokens, loaded_tokens)
+        copy_s = self._copy_s(job.chunks)
         arrivals = job.coming.arrivals(now)
         found = moment(arrivals, now, layer_s, copy_s, mode)
         if alone and mode == JUST_IN_TIME and not found.due(now):
@@ -181,6 +195,24 @@ class Timely:
                 expected_s = found.at_s - found.margin_s
                 return replace(found, at_s=now, margin_s=now - expected_s)
         return found
+
+    def _layer_s(self, prompt_tokens: int, loaded_tokens: int) -> Estimate:
+        """To compute one in the first pass."""
+        work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
+        return self.compute.seconds(work).over(len(self._slice_bytes))
+
+    def _copy_s(self, chunks: int) -> float:
+        return max(self._slice_bytes) * chunks / self._bus_bytes_per_s
+
+    def staged(
+        self, prompt_tokens: int, loaded_tokens: int, chunks: int, now: float, beside: int
+    ) -> Moment:
+        """Of a prompt whose first `loaded_tokens`, so many chunks, lie in host memory. See `when`."""
+        layers = len(self._slice_bytes)
+        there = Arrivals((now,) * layers, (0.0,) * layers)
+        copy_s = self._copy_s(chunks)
+        found = moment(there, now, self._layer_s(prompt_tokens, loaded_tokens), copy_s)
+        return ahead(found, now, copy_s, chunks * sum(self._slice_bytes), beside)
 
     # ---- steps
 

@@ -34,6 +34,7 @@ class Tracked:
         None  # at which news, and behind which tokens, it stood in line
     )
     choice: Choice | None = None
+    ahead: bool = False  # it was let go to be copied while others compute
     job: int | None = None
     job_hashes: list[bytes] = field(default_factory=list)
     job_first: int = 0  # chunk of the prefix
@@ -66,7 +67,8 @@ class Tracked:
 
 @dataclass
 class Streaming:
-    """A prefix on its way into the blocks of a parked request; each rank reports it once."""
+    """A prefix on its way into the blocks of a parked request, from the store or from host memory; each rank
+    reports it once."""
 
     tracked: Tracked
     chunk_hashes: list[bytes]

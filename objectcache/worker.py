@@ -12,8 +12,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from objectcache.ahead import Ahead
 from objectcache.config import Options
-from objectcache.device import Copies, Run, open_copies
+from objectcache.device import Copies, open_copies
 from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError
 from objectcache.format import ObjectLayout
 from objectcache.late import Coming as LateLoad
@@ -37,6 +38,7 @@ from objectcache.movers import split as split_berth
 from objectcache.parked import Parked, split
 from objectcache.report import Reporter, log
 from objectcache.ring import Ring, shares
+from objectcache.runs import Run
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
@@ -116,6 +118,8 @@ class WorkerHalf:
         self._slots, self._mover, self._stage_chunks = _open_mover(berth, neighbours)
         self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
         self._parked = Parked(self._copies, self._mover, chunk_blocks)
+        sizes = self._layout.slice_bytes
+        self._ahead = Ahead(self._copies, self._slots.progress, sizes, chunk_blocks)
         self._failed_blocks: set[int] = set()
         self._placed: dict[int, list[int]] = {}  # job -> slots to which its chunks come, or came
         self._late = Late(
@@ -149,6 +153,14 @@ class WorkerHalf:
             self._parked.begin(stream)
         for job in commands.stops:
             self._parked.stop(job)
+            if self._ahead.stop(job):
+                self._mover.cancel(job)
+        loads, commands.loads = commands.loads, []
+        for load in loads:
+            if load.request_id:
+                self._begin_ahead(load)
+            else:
+                commands.loads.append(load)
         saves, commands.saves = commands.saves, []
         if saves and self._writes:
             self._collect()  # slots may be free again
@@ -197,11 +209,12 @@ class WorkerHalf:
             self._reports.passes.append(self._pass)
             self._pass = None
         self._parked.carry()
+        self._ahead.carry()
         self._collect()
 
     def unparked(self) -> set[str]:
-        """Requests whose streams ended since the last call. What did not come of them is in
-        `failed_blocks`, how it went in `report`, in the same step."""
+        """Parked requests whose prefixes are in their blocks since the last call. What did not come of them
+        is in `failed_blocks`, how it went in `report`, in the same step."""
         ended = self._parked.ended() if not self._closed else []
         for request in ended:
             error = request.result.error
@@ -211,7 +224,13 @@ class WorkerHalf:
             name = type(error).__name__ if error is not None and not request.stopped else ""
             self._reports.streamed.append(Streamed(request.result.job, request.chunks, name))
             self._failed_blocks.update(request.failed_blocks)
-        return {request.request_id for request in ended}
+        landed = self._ahead.over() if not self._closed else []
+        for load in landed:
+            self._mover.release(load.job)
+            self._reports.streamed.append(Streamed(load.job, load.chunks, load.error))
+            self._counters.add("failed_prompts", int(load.lost))
+            self._failed_blocks.update(load.failed_blocks)
+        return {one.request_id for one in ended} | {one.request_id for one in landed}
 
     def failed_blocks(self) -> set[int]:
         """Page numbers that were not loaded, of parked requests and of those that were admitted before
@@ -300,11 +319,26 @@ class WorkerHalf:
             return
         self._mover.release(job)
 
-    def _runs(self, load: LoadCommand) -> list[Run]:
-        """A job's blocks, slot by slot."""
+    def _begin_ahead(self, load: LoadCommand) -> None:
+        """Copy a job's blocks beside the steps, while its request is parked."""
+        placed, staged = self._placed.pop(load.job, None), self._staged.pop(load.job, None)
+        slots = placed if load.coming else staged
+        assert slots is not None, "a job is loaded that is not there"
+        skipped, chunks = self._chunks_of(load)
+        runs = [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
+        self._ahead.begin(load.job, load.request_id, runs, skipped)
+        if staged is not None:
+            self._ahead.ended(load.job, len(staged), "")
+
+    def _chunks_of(self, load: LoadCommand) -> tuple[int, list[tuple[int, list[int]]]]:
+        """Chunks of the job that are left out, and blocks of the others."""
         per_slot = self._layout.chunk_blocks
         skipped, first = divmod(load.first_block, per_slot)
-        chunks = split(load.block_ids, first, per_slot)
+        return skipped, split(load.block_ids, first, per_slot)
+
+    def _runs(self, load: LoadCommand) -> list[Run]:
+        """A job's blocks, slot by slot."""
+        skipped, chunks = self._chunks_of(load)
         # A KeyError is a bug: fail the step, not the tokens.
         if load.coming:
             slots, staged = self._placed.pop(load.job), self._staged.pop(load.job, None)
@@ -378,7 +412,10 @@ class WorkerHalf:
         self._counters.add("staged_chunks", len(result.slots))
         if error is not None:
             self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
+        name = type(error).__name__ if error else ""
         if self._late.ended(result.job, len(result.slots)):
+            return
+        if self._ahead.ended(result.job, len(result.slots), name):
             return
         if result.job in self._given_up or self._closed:
             self._placed.pop(result.job, None)
@@ -386,8 +423,7 @@ class WorkerHalf:
             self._mover.release(result.job)
             return
         self._staged[result.job] = result.slots
-        report = Staged(result.job, len(result.slots), type(error).__name__ if error else "")
-        self._reports.staged.append(report)
+        self._reports.staged.append(Staged(result.job, len(result.slots), name))
 
     def _note(self, error: ObjectCacheError | None) -> None:
         """What a user should hear of a read that failed."""

@@ -390,14 +390,15 @@ class Life(RuleBasedStateMachine):
         self.a.give_up()
 
     @precondition(lambda self: not self.admitted)
-    @rule(data=st.data(), may_stage=st.booleans(), admit=st.booleans())
-    def asks(self, data: st.DataObject, may_stage: bool, admit: bool) -> None:
+    @rule(data=st.data(), may_stage=st.booleans(), admit=st.booleans(), ahead=st.booleans())
+    def asks(self, data: st.DataObject, may_stage: bool, admit: bool, ahead: bool) -> None:
         local = self.BLOCK * data.draw(st.integers(0, max(0, self.prompt - 1) // self.BLOCK))
         wanted = self.a.wanted(local)
-        answer = self.a.ask(local, self.now, may_stage)
+        answer = self.a.ask(local, self.now, may_stage, ahead)
         assert answer.stage is None or answer.stage.count == wanted > 0
+        assert not (answer.tokens and self.stages) or answer.asynchronous == ahead
         self.check(answer, local)
-        again = self.a.ask(local, self.now, may_stage)
+        again = self.a.ask(local, self.now, may_stage, ahead)
         if answer.stage is None and not answer.release:
             assert again.tokens == answer.tokens
         assert again.stage is None and not again.release, "asked again, it changes nothing"
@@ -416,10 +417,10 @@ class Life(RuleBasedStateMachine):
         if answer.release:
             self.ends += 1
             assert answer.tokens == 0
-        if answer.asynchronous:
+        if answer.asynchronous and self.stages == 0:
             assert self.found is not None and self.stage_chunks is not None and answer.tokens
             end = local + answer.tokens
-            assert end == min(self.found * self.CHUNK, self.most) and self.stages == 0
+            assert end == min(self.found * self.CHUNK, self.most)
             assert -(-end // self.CHUNK) - local // self.CHUNK > self.stage_chunks
         elif answer.tokens:
             tokens = range(local, local + answer.tokens)
@@ -441,6 +442,7 @@ class Life(RuleBasedStateMachine):
             assert (first, load.blocks * self.BLOCK) == (local, tokens)
             return
         self.ends += unused + (load is not None)
+        self.streaming = load is not None and self.a.ahead
         if load is not None:
             assert self.stage is not None and self.came is not None
             first = self.stage.first * self.CHUNK + load.first_block * self.BLOCK

@@ -18,7 +18,8 @@ from device_lab import (  # noqa: F401 (pytest looks for the fixture here)
     rig_fixture,
 )
 
-from objectcache.device import CpuCopies, CudaCopies, Run, open_copies
+from objectcache.device import CpuCopies, CudaCopies, open_copies
+from objectcache.runs import Run
 from objectcache.slots import HostSlots
 
 
@@ -249,6 +250,24 @@ def test_many_chunks_and_the_loads_of_a_step(rig: Rig) -> None:
     assert soon(rig.copies.chunks_loaded, len(chunks)) == chunks
     assert soon(rig.copies.loaded, 1) == [2]
     check_loaded(rig, before, runs)
+
+
+@pytest.mark.parametrize("slow", ["caller", "bus"])
+def test_layers_apart_from_any_step(rig: Rig, slow: str) -> None:
+    """Behind what the caller's stream did before; each part is counted once, when its pages are written."""
+    runs = [Run(3, 1, [17, 2]), Run(0, 0, [39, 0, 5, 6]), Run(7, 0, [30])]
+    rig.delay(slow)
+    for memory in rig.memory:
+        memory.fill_(9)
+    batches = rig.copies.begin_apart(runs)
+    assert [run for batch in batches for run in batch.runs] == runs
+    for layer in range(3):
+        for batch in batches:
+            rig.copies.submit_part(4, layer, batch)
+    assert soon(rig.copies.parts_loaded, 3 * len(batches)) == [4] * 3 * len(batches)
+    before = [torch.full_like(memory, 9, device="cpu") for memory in rig.memory]
+    check_loaded(rig, before, runs)
+    assert rig.copies.parts_loaded() == rig.copies.chunks_loaded() == rig.copies.loaded() == []
 
 
 @pytest.mark.parametrize("slow", ["caller", "bus"])

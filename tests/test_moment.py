@@ -12,11 +12,15 @@ from hypothesis import strategies as st
 from objectcache.arrival import Arrivals
 from objectcache.compute import Estimate
 from objectcache.moment import (
+    AHEAD_BYTES_PER_S,
+    AHEAD_LAG_S,
     AT_ONCE,
     JUST_IN_TIME,
     MODES,
     STAGED,
     Margin,
+    Moment,
+    ahead,
     early,
     moment,
     pass_s,
@@ -144,6 +148,56 @@ def test_it_is_admitted_early_only_if_that_costs_the_others_less() -> None:
     found = moment(later, 0.0, Estimate(0.001, 0.0), margin=NONE)
     # Who comes meanwhile would wait, too.
     assert not early(found, 0.0, stall_s(0.0, later.mean_s, 0.001), next_ask_s=0.5, others=0)
+
+
+def there(layers: int, layer_s: float, copy_s: float) -> Moment:
+    return moment(Arrivals((0.0,) * layers, (0.0,) * layers), 0.0, Estimate(layer_s, 0.0), copy_s)
+
+
+# 64K tokens of an 8B model whose last few are new, beside 32 that decode; then an eighth of it, and all new.
+@pytest.mark.parametrize(
+    ("layer_s", "copy_s", "gib", "beside", "parks"),
+    [
+        (0.0003, 0.0047, 7.0, 32, True),
+        (0.0003, 0.0047, 7.0, 0, False),
+        (0.0003, 0.0006, 0.9, 32, True),
+        (0.0200, 0.0047, 7.0, 32, False),  # 0.16 s of all of theirs, but 0.46 s of its own
+        (0.0200, 0.0047, 7.0, 200, True),
+        (0.0007, 0.0003, 0.44, 32, False),
+    ],
+)
+def test_it_is_copied_ahead_if_the_others_lose_more_by_its_copies_than_it_by_waiting(
+    layer_s: float, copy_s: float, gib: float, beside: int, parks: bool
+) -> None:
+    found = there(32, layer_s, copy_s)
+    when = ahead(found, 0.0, copy_s, int(gib * 2**30), beside)
+    assert when.ahead == parks
+    assert when == found if not parks else when.at_s == 0.0
+
+
+def test_what_is_on_its_way_is_parked_when_its_copies_can_end_with_its_bytes() -> None:
+    expected = Arrivals(tuple(0.1 + 0.05 * layer for layer in range(32)), (0.01,) * 32)
+    found = moment(expected, 0.0, Estimate(0.0003, 0.0), 0.0047)
+    total_bytes = 7 << 30
+    when = ahead(found, 0.0, 0.0047, total_bytes, beside=32)
+    assert when.ahead and when.margin_s == 0.0
+    assert when.at_s == pytest.approx(found.staged_s - total_bytes / AHEAD_BYTES_PER_S)
+    assert "to be copied while others compute" in when.tell(0.0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(costs, costs, st.floats(0.0, 1e11), st.integers(0, 64), st.integers(1, 40))
+def test_seconds_of_each_count_the_same(
+    layer_s: float, copy_s: float, total_bytes: float, beside: int, layers: int
+) -> None:
+    """By its definition: what all others lose, and what it loses itself."""
+    arrivals = [0.0] * layers
+    whole = played(0.0, arrivals, layer_s, copy_s)
+    others_lose_s = beside * (whole - layers * layer_s)
+    parked = total_bytes / AHEAD_BYTES_PER_S + AHEAD_LAG_S + layers * layer_s
+    when = ahead(there(layers, layer_s, copy_s), 0.0, copy_s, int(total_bytes), beside)
+    if abs(others_lose_s - (parked - whole)) > 1e-6:
+        assert when.ahead == (beside > 0 and others_lose_s > parked - whole)
 
 
 def test_the_reason_can_be_read() -> None:

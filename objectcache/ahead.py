@@ -1,0 +1,154 @@
+"""Prefixes that are copied from the ring to the blocks of parked requests while others compute, layer by layer as they come. Not whether a request is parked for that: see moment.py; what is longer than the ring: see parked.py.
+
+A request is reported once, whatever happens, and not before all copies to its blocks have ended and no
+more of its bytes are on their way. All of it belongs to vLLM's thread.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from objectcache.device import Copies
+from objectcache.runs import Batch, Run
+
+BYTES_PER_S = 25e9  # of the bus, which is left to others by half
+LEAST_S = 0.004  # of copying that a step may begin, however short the last one was
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A request that goes on: all `chunks` chunks of its load are in its blocks, or none counts and all
+    blocks are named; `error` is why."""
+
+    job: int
+    request_id: str
+    chunks: int
+    failed_blocks: list[int]
+    error: str
+    lost: bool  # its bytes did not come, and somebody waited for them
+
+
+@dataclass
+class _Load:
+    job: int
+    request_id: str
+    slots: npt.NDArray[np.int64]
+    runs: list[Run]
+    first: int  # of the job's chunks
+    batches: list[Batch] | None = None  # once they may be written
+    next: int = 0  # of its parts: layer by layer, batch by batch
+    under_way: int = 0  # parts that are being copied
+    came: int | None = None  # of its chunks, once the mover has said so
+    error: str = ""
+    stopped: bool = False
+
+    @property
+    def lost(self) -> bool:
+        return self.came is not None and self.came < len(self.slots)
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing more of it is to be copied."""
+        return self.stopped or self.lost
+
+    @property
+    def blocks(self) -> list[int]:
+        return [block for run in self.runs for block in run.block_ids]
+
+
+class Ahead:
+    """`progress[slot]` is how many leading layers there may be used, of `slice_bytes` of a whole chunk."""
+
+    def __init__(
+        self,
+        copies: Copies,
+        progress: npt.NDArray[np.uint16],
+        slice_bytes: Sequence[int],
+        chunk_blocks: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._copies = copies
+        self._progress = progress
+        self._block_bytes = [size // chunk_blocks for size in slice_bytes]
+        self._clock = clock
+        self._carried_at = clock()
+        self._loads: dict[int, _Load] = {}
+
+    def begin(self, job: int, request_id: str, runs: list[Run], first: int) -> None:
+        """Copy these runs, each of a chunk of the job from chunk `first` on, there or on its way."""
+        slots = np.array([run.slot for run in runs], np.int64)
+        self._loads[job] = _Load(job, request_id, slots, runs, first)
+
+    def ended(self, job: int, came: int, error: str) -> bool:
+        """The mover brings no more of a job: so many of its chunks came. Whether that is a load of ours."""
+        load = self._loads.get(job)
+        if load is None:
+            return False
+        load.came, load.error = max(0, min(came - load.first, len(load.slots))), error
+        return True
+
+    def stop(self, job: int) -> bool:
+        """Nobody waits for it any more, or it must not count. Whether the mover still brings it."""
+        load = self._loads.get(job)
+        if load is None:
+            return False
+        load.stopped = True
+        return load.came is None
+
+    def carry(self) -> None:
+        """Once a step, after its forward pass: begin copies for about as long as a step takes."""
+        now = self._clock()
+        left = int(max(LEAST_S, now - self._carried_at) * BYTES_PER_S)
+        self._carried_at = now
+        self._collect()
+        for load in self._loads.values():
+            if left <= 0:
+                return
+            if not load.ends:
+                left -= self._copy(load, left)
+
+    def over(self) -> list[Landing]:
+        """Requests that vLLM may go on with. Each is named once."""
+        self._collect()
+        done = [load for load in self._loads.values() if self._is_over(load)]
+        for load in done:
+            del self._loads[load.job]
+        return [self._landing(load) for load in done]
+
+    def _copy(self, load: _Load, most_bytes: int) -> int:
+        """Begin what is there of a load, about so many bytes of it; how many it was."""
+        if load.batches is None:
+            load.batches = self._copies.begin_apart(load.runs)
+        began, ready = 0, int(self._progress[load.slots].min())
+        while began < most_bytes and load.next < len(load.batches) * len(self._block_bytes):
+            layer, at = divmod(load.next, len(load.batches))
+            if layer >= ready:
+                break
+            batch = load.batches[at]
+            self._copies.submit_part(load.job, layer, batch)
+            began += self._block_bytes[layer] * len(batch.block_ids)
+            load.next += 1
+            load.under_way += 1
+        return began
+
+    def _collect(self) -> None:
+        for job in self._copies.parts_loaded():
+            self._loads[job].under_way -= 1
+
+    def _is_over(self, load: _Load) -> bool:
+        if load.under_way or load.came is None:
+            return False
+        whole = load.batches is not None and load.next == len(load.batches) * len(self._block_bytes)
+        return load.ends or whole
+
+    @staticmethod
+    def _landing(load: _Load) -> Landing:
+        assert load.came is not None
+        failed = load.blocks if load.ends else []
+        chunks = 0 if load.ends else load.came
+        error = "" if load.stopped else load.error
+        lost = load.lost and not load.stopped
+        return Landing(load.job, load.request_id, chunks, failed, error, lost)
