@@ -9,7 +9,8 @@ memory poisoned, and answers again from the store. KV pages must be equal byte f
 equal to those of the same prompts hit in the engine's own memory, because in bfloat16 tokens depend on
 how a prompt is split. Then a prompt whose every token but one is in the store joins a batch of decodes
 (a full graph is replayed there, which calls no layer), and requests are aborted at every stage of a
-load, and all are preempted once. Some cases have a ring that prefixes must stream through. Writes one JSON
+load, and all are preempted once. Some cases have a ring that prefixes must stream through, some are admitted
+just in time, and what joins the decodes is copied ahead of its step. Writes one JSON
 line a case as soon as it is known, passes over cases that a line in --out says are right, and fails if
 one is not. The first lines of a failed engine's log are in its line.
 """
@@ -39,6 +40,7 @@ CASES: list[Case] = [
     {"v2": False},
     {"graphs": "FULL"},
     {"ring_mib": 16},
+    {"ahead": True},
     {"graphs": "FULL", "v2": False},
     {"graphs": "eager"},
     {"kv_cache_dtype": "fp8"},
@@ -50,6 +52,8 @@ CASES: list[Case] = [
     {"kernel_block": 16, "block_size": 64},
     {"async_scheduling": False},
     {"max_num_batched_tokens": 512},
+    {"ahead": True, "v2": False, "kv_cache_dtype": "fp8"},
+    {"ahead": True, "async_scheduling": False, "layout": "BLNHC", "graphs": "FULL"},
     {"ring_mib": 16, "v2": False},
     {"graphs": "PIECEWISE", "v2": False},
     {"graphs": "eager", "v2": False},
@@ -69,7 +73,8 @@ CASES: list[Case] = [
         for v2 in (True, False)
     ),
 ]
-OWN = ("graphs", "v2", "ring_mib", "layout", "kernel_block")  # the rest is for vLLM
+OWN = ("graphs", "v2", "ring_mib", "layout", "kernel_block", "ahead")  # the rest is for vLLM
+SLOW_BUS_BYTES_PER_S = 1e6  # so that what joins others is copied ahead of its step
 
 
 class _Check:
@@ -90,8 +95,9 @@ class _Check:
                 "kv_connector": "ObjectCacheConnector",
                 "kv_connector_module_path": "objectcache.connector",  # it need not be installed
                 "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
+                "kv_load_failure_policy": "fail" if case.get("ahead") else "recompute",
                 "kv_connector_extra_config": {
+                    "admission": "just-in-time" if case.get("ahead") else "staged",
                     "url": f"file://{self.store}",
                     "ring_bytes": f"{case.get('ring_mib', 512)}MiB",
                     "lookup_timeout_ms": 1000,  # engines share the machine
@@ -106,6 +112,9 @@ class _Check:
         self.made = 0
         self.full_replays = 0  # loads into steps that call no layer
         self.layered = 0  # loads into steps that do
+        self.parked = 0  # loads of parked requests
+        if case.get("ahead"):
+            self._slow_bus()
         self._listen()
 
     def worker_half(self) -> Any:
@@ -113,7 +122,7 @@ class _Check:
 
     @property
     def loads(self) -> int:
-        return self.full_replays + self.layered
+        return self.full_replays + self.layered + self.parked
 
     def _listen(self) -> None:
         """Count what kinds of steps had loads."""
@@ -127,6 +136,21 @@ class _Check:
             start(hooks_fire)
 
         half.start_loads = start_loads
+        begin = half._begin_ahead
+
+        def begin_ahead(load: Any) -> None:
+            self.parked += 1
+            begin(load)
+
+        half._begin_ahead = begin_ahead
+
+    def _slow_bus(self) -> None:
+        from objectcache.timely import Timely
+
+        loading = self.scheduler.connector._scheduler.loading
+        most = self.scheduler.vllm_config.scheduler_config.max_num_batched_tokens
+        slices = self.worker_half().slice_bytes
+        loading.timely = Timely(slices, most, bus_bytes_per_s=SLOW_BUS_BYTES_PER_S)
 
     def verdict(self) -> dict[str, Any]:
         prompts = [prompt_tokens(3000, seed=1), prompt_tokens(CHUNK * 4 + 1, seed=2)]
@@ -148,7 +172,7 @@ class _Check:
         together = self.ask(prompts)  # in one step, or nearly; how then decides about tokens
         checks["together_hit"] = together["cached"] == base["cached"]
         checks["together_pages"] = together["pages"] == base["pages"]
-        checks |= self.beside_decodes(prompts[1])
+        checks |= self.beside_decodes(prompts[1], base["pages"][1])
         checks |= self.aborts(prompts, warm)
         if self.case.get("async_scheduling") is False:
             # Else blocks are freed a step later, and vLLM's cache cannot be emptied in between.
@@ -165,6 +189,7 @@ class _Check:
             "hit_tokens": warm["cached"],
             "full_replays": self.full_replays,
             "layered": self.layered,
+            "parked": self.parked,
         }
 
     def _save_the_rest(self, prompts: list[list[int]]) -> None:
@@ -184,8 +209,8 @@ class _Check:
         each = [self.ask([prompt]) for prompt in prompts]
         return {name: [one[name][0] for one in each] for name in each[0]}
 
-    def beside_decodes(self, prompt: list[int]) -> dict[str, bool]:
-        """A prompt whose every token but one comes from the store joins a batch of decodes."""
+    def beside_decodes(self, prompt: list[int], pages: list[str]) -> dict[str, bool]:
+        """A prompt whose every token but one comes from the store, with these pages, joins a batch of decodes."""
         others = [prompt_tokens(300, seed=s) for s in range(50, 54)]
         self.poison()
         half = self.scheduler.connector._scheduler
@@ -194,7 +219,7 @@ class _Check:
         base = self.ask([prompt], beside=others)  # hit in the engine's own memory
         half._loads = True
         self.poison()
-        before = self.full_replays
+        before, parked = self.full_replays, self.parked
         warm = self.ask([prompt], beside=others)
         self.settle()
         full = self.case.get("graphs", "FULL").startswith("FULL") and self.cuda
@@ -204,9 +229,12 @@ class _Check:
         return {
             "decode_batch_hit": warm["cached"][0] == base["cached"][0] == 4 * CHUNK,
             "decode_batch_equal": warm["tokens"] == base["tokens"],
+            "decode_batch_pages": warm["pages"][0] == pages,
             "decode_batch_full_graph": not full
             or self.full_replays > before
-            or bool(self.case.get("ring_mib")),
+            or bool(self.case.get("ring_mib"))
+            or bool(self.case.get("ahead")),
+            "decode_batch_parked": self.parked > parked or not self.case.get("ahead"),
         }
 
     def aborts(self, prompts: list[list[int]], warm: dict[str, Any]) -> dict[str, bool]:
@@ -286,7 +314,7 @@ class _Check:
                     continue
                 tokens[name] = list(output.outputs[0].token_ids)
                 cached[name] = output.num_cached_tokens
-                if name not in pages and not beside:
+                if name not in pages:
                     pages[name] = self.digests(name, output.num_cached_tokens)
                 if output.finished:
                     waiting.discard(name)

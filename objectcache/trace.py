@@ -154,6 +154,9 @@ class Trace:
         live = self._live.pop(request_id, None)
         if live is not None:
             live.end(self._clock(), how)
+            before = self._ending.pop(request_id, None)
+            if before is not None:  # another of that name, in the same step
+                self._told(request_id, before)
             self._ending[request_id] = live
 
     def close(self) -> None:
@@ -211,10 +214,13 @@ class Trace:
 
     def _tell_ended(self) -> None:
         for request_id, live in self._ending.items():
-            record = live.record(request_id)
-            self.ended.append(record)
-            self._tell(record)
+            self._told(request_id, live)
         self._ending.clear()
+
+    def _told(self, request_id: str, live: _Live) -> None:
+        record = live.record(request_id)
+        self.ended.append(record)
+        self._tell(record)
 
 
 def tell(record: Record) -> str:

@@ -166,7 +166,8 @@ def test_a_preempted_request_streams_again(engine: Engines) -> None:
     assert tight.totals["hit_tokens"] == 3 * 7 * CHUNK
 
 
-@pytest.mark.parametrize("steps", [3, 5, 8, 12])
+# 54 chunks, of which a step copies 16: it is parked for four steps at least.
+@pytest.mark.parametrize("steps", [1, 2, 3])
 def test_a_reset_while_a_prefix_streams(engine: Engines, steps: int) -> None:
     """What was under way counts for nothing, and the request is computed."""
     want = long_ago(engine, LONG)
@@ -178,6 +179,7 @@ def test_a_reset_while_a_prefix_streams(engine: Engines, steps: int) -> None:
             name in one.scheduler.requests
             and one.scheduler.requests[name].status.name == "WAITING_FOR_REMOTE_KVS"
         )
+    assert parked == steps
     one.connector.reset_cache()
     one.run()
     assert [one.outputs[name]] == want

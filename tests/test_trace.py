@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scheduling_lab import model_fixture  # noqa: F401 (pytest looks for the fixtures here)
 from toy_engine import ToyEngine, prompt
@@ -110,6 +110,7 @@ calls = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
+@example(script=[("arrive", 0), ("finish", 0), ("arrive", 0)], keeps=True)
 @given(calls, st.booleans())
 def test_each_request_is_told_once_and_in_order_whatever_comes(
     script: list[tuple[str, int]], keeps: bool
