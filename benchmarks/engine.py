@@ -17,6 +17,7 @@ one of
 * `{"do": "wait", "seconds": 1}`: leave the engine alone, so that writes behind can finish.
 * `{"do": "remove", "file": "/path"}`: delete a file, an object of a `file://` store say.
 * `{"do": "metrics"}`: counters since the engine started.
+* `{"do": "profile", "name": "..."}`: begin to profile, into a file of that name; without a name, end it.
 
 The report has the same order: `{"engines": [{"start_s", "stop_s", "steps": [...], "left": {...}}]}`.
 """
@@ -209,6 +210,13 @@ class Engine:
 
     def _forget(self, connector: bool = False) -> dict[str, Any]:
         return {"done": self.llm.reset_prefix_cache(reset_connector=connector)}
+
+    def _profile(self, name: str = "") -> dict[str, Any]:
+        if name:
+            self.llm.start_profile(name)
+        else:
+            self.llm.stop_profile()
+        return {}
 
     def _wait(self, seconds: float) -> dict[str, Any]:
         time.sleep(seconds)

@@ -212,6 +212,10 @@ class Run:
         for case in decodes:
             assert isinstance(session, Reading)
             self._decodes(session, case, store)
+        if self._setup.profiles is not None and isinstance(session, Reading):
+            for case in [case for system, case in runs if system == "objectcache"]:
+                # The first prefix again: with three of the longest, others took its place in host memory.
+                say(session.profile(case, 0).wrong or f"{case} is profiled")
 
     def _decodes(self, session: Reading, case: Case, store: str) -> None:
         rounds: list[dict[str, Any]] = []
@@ -264,6 +268,8 @@ def measure(args: argparse.Namespace) -> int:
         if args.trace is not None:
             args.trace.mkdir(parents=True, exist_ok=True)
             setup.traces = args.trace.resolve()
+        if args.profile is not None:
+            setup.profiles = args.profile.resolve()
         rounds = _affordable(args, setup, list(written(plan)), folder)
         env = {name: text for place in places.values() for name, text in place.env.items()}
         env["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"  # NIXL's objects are plain bytes
@@ -408,6 +414,7 @@ def main() -> int:
     add("--fresh-processes", action="store_true", help="import vLLM anew for each engine")
     add("--keep-log", type=Path, help="a file for what the engines said")
     add("--trace", type=Path, help="a folder for objectcache's traces: see timeline.py")
+    add("--profile", type=Path, help="a folder for torch's profiles: see gpu_timeline.py")
     add("--smoke", action="store_true", help="a tiny model on the CPU, to see that it all works")
     args = parser.parse_args()
     if args.report:

@@ -82,6 +82,7 @@ class Setup:
     cases: Sequence[Case] = ()  # that the run has at most; memory is taken for these
     chunk_bytes: float = 0.0
     traces: Path | None = None  # a folder for objectcache's traces
+    profiles: Path | None = None  # a folder for torch's profiles of what the GPU does
 
     @property
     def longest(self) -> Case:
@@ -378,9 +379,28 @@ class Reading(Ours):
         super().__init__(setup, place)
         self._read: set[tuple[Case, int]] = set()
 
+    def kwargs(self) -> dict[str, Any]:
+        if self.setup.profiles is None:
+            return super().kwargs()
+        profiler = {
+            **{"profiler": "torch", "torch_profiler_dir": str(self.setup.profiles)},
+            **{"torch_profiler_activities": ["CUDA"], "torch_profiler_with_stack": False},
+        }
+        return super().kwargs() | {"profiler_config": profiler}
+
     def prepare(self, cases: Sequence[Case]) -> None:
         for _ in range(2):
             self._ask(WARM_UP, 0)  # the first time from the store
+
+    def profile(self, case: Case, number: int) -> Sample:
+        """One more run, with a profile of what the GPU does. See gpu_timeline.py."""
+        assert self.place is not None
+        self.forget()
+        name = f"{case.context_tokens}x{case.hit_ratio}-{self.place.name}"
+        self.do({"do": "profile", "name": name})
+        sample = self._ask(case, number)
+        self.do({"do": "profile"})
+        return self._came(sample, sample.counted.get("read_bytes", 0.0), case.hit_tokens)
 
     def sample(self, system: str, case: Case, number: int) -> Sample:
         if system == "local" and (case, number) not in self._read:
