@@ -20,6 +20,7 @@ from benchmarks.clients import Endpoint, ObjectCacheAiobotocore
 from benchmarks.command import clean
 from benchmarks.hedges import calculated
 from benchmarks.lab import MIB, Lab, ReaderProcess, Scale
+from benchmarks.movers import write_report
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
 from benchmarks.results import Lines, latest, read
 from benchmarks.s3_like import FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like, sigma
@@ -256,3 +257,20 @@ def test_what_second_requests_give_by_calculation() -> None:
     assert alone["first_bytes_p50_ms"] == pytest.approx(91, rel=0.1)
     assert hedged["first_bytes_p95_ms"] < 0.9 * alone["first_bytes_p95_ms"]
     assert 0 < hedged["extra_requests_percent"] <= 5.5
+
+
+def test_movers_bring_a_prefix_from_each_kind_of_store(tmp_path: Path) -> None:
+    """What a line says of layers, of CPU time and of requests fits together; and a table comes of it."""
+    out = tmp_path / "movers-smoke.jsonl"
+    options = ["--stores", "s3-like,seaweedfs", "--chunks", "6", "--slice-kib", "16"]
+    options += ["--processes", "2", "--threads", "2", "--rounds", "2", "--machine", "smoke"]
+    run("movers", *options, "--folder", str(tmp_path), "--out", str(out), limit_s=120)
+    lines = {line["case"]["store"]: line["metrics"] for line in read(out)}
+    assert set(lines) == {"s3-like", "seaweedfs"}
+    for found in lines.values():
+        assert 0 < found["layer0_ms"] <= found["middle_layer_ms"] <= found["last_layer_ms"]
+        assert found["cpu_s_per_gb"] > 0
+    assert 0 < lines["s3-like"]["share_of_best_percent"] <= 110
+    assert lines["s3-like"]["requests_per_gib"] >= (1 << 30) / (32 * (16 << 10)) * 0.9
+    write_report(tmp_path)
+    assert (tmp_path / "movers.md").read_text().count("\n| smoke") == 2
