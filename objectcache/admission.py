@@ -11,6 +11,7 @@ Pure: events and `now` (seconds, any monotonic clock) in, answers out. The life 
 Tokens are promised only when their bytes lie verified in host memory, so that a promise cannot
 fail: whatever goes wrong before it costs a recompute and nothing else. What host memory cannot hold
 is promised as an asynchronous load: vLLM parks the request, and may be told that blocks did not come.
+So is what is better copied before the step that computes on it.
 """
 
 import enum
@@ -176,7 +177,7 @@ class Admission:
             late = now >= self._deadline + STAGE_GRACE_S
             return self._over(release=True, timed_out=True) if late else WAIT
         if self.phase is Phase.READY:
-            tokens, self.ahead = self._claim(local_tokens), ahead
+            tokens, self.ahead = self.claim(local_tokens), ahead
             if tokens == 0:
                 return self._over(release=True)
             return Answer(tokens, asynchronous=ahead)
@@ -253,7 +254,7 @@ class Admission:
         """The token after the last one of the job's first `chunks` chunks."""
         return min((self._first + chunks) * self.chunk_tokens, self.loadable_tokens)
 
-    def _claim(self, local_tokens: int) -> int:
+    def claim(self, local_tokens: int) -> int:
         """Tokens that continue what vLLM has; none if it lost blocks before our first chunk."""
         if local_tokens < self._first * self.chunk_tokens:
             return 0

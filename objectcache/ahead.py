@@ -1,7 +1,8 @@
 """Prefixes that are copied from the ring to the blocks of parked requests while others compute, layer by layer as they come. Not whether a request is parked for that: see moment.py; what is longer than the ring: see parked.py.
 
-A request is reported once, whatever happens, and not before all copies to its blocks have ended and no
-more of its bytes are on their way. All of it belongs to vLLM's thread.
+A request is reported once, whatever happens, and not before all copies to its blocks have ended. One that
+nobody waits for, or whose bytes do not come, or not in time, does not wait for the mover: that writes to slots
+alone. All of it belongs to vLLM's thread.
 """
 
 import time
@@ -12,16 +13,17 @@ import numpy as np
 import numpy.typing as npt
 
 from objectcache.device import Copies
+from objectcache.moment import BESIDE_BYTES_PER_S
 from objectcache.runs import Batch, Run
 
-BYTES_PER_S = 25e9  # of the bus, which is left to others by half
-LEAST_S = 0.004  # of copying that a step may begin, however short the last one was
+# Of copying that a step may begin, however short or long the last one was.
+LEAST_S, MOST_S = 0.004, 0.05
 
 
 @dataclass(frozen=True)
 class Landing:
-    """A request that goes on: all `chunks` chunks of its load are in its blocks, or none counts and all
-    blocks are named; `error` is why."""
+    """A request that goes on: its load is in its blocks, or none of it counts and all blocks are named.
+    `chunks` of it came, and `error` is why not more."""
 
     job: int
     request_id: str
@@ -29,6 +31,7 @@ class Landing:
     failed_blocks: list[int]
     error: str
     lost: bool  # its bytes did not come, and somebody waited for them
+    heard: bool  # the mover has ended the job
 
 
 @dataclass
@@ -38,16 +41,18 @@ class _Load:
     slots: npt.NDArray[np.int64]
     runs: list[Run]
     first: int  # of the job's chunks
+    until: float  # by when all of it must be there
     batches: list[Batch] | None = None  # once they may be written
     next: int = 0  # of its parts: layer by layer, batch by batch
     under_way: int = 0  # parts that are being copied
     came: int | None = None  # of its chunks, once the mover has said so
     error: str = ""
     stopped: bool = False
+    late: bool = False
 
     @property
     def lost(self) -> bool:
-        return self.came is not None and self.came < len(self.slots)
+        return self.late or (self.came is not None and self.came < len(self.slots))
 
     @property
     def ends(self) -> bool:
@@ -60,7 +65,8 @@ class _Load:
 
 
 class Ahead:
-    """`progress[slot]` is how many leading layers there may be used, of `slice_bytes` of a whole chunk."""
+    """`progress[slot]` is how many leading layers there may be used, of `slice_bytes` of a whole chunk. A
+    mover that has not ended a job `timeout_s` after it was begun here does not answer any more."""
 
     def __init__(
         self,
@@ -68,11 +74,13 @@ class Ahead:
         progress: npt.NDArray[np.uint16],
         slice_bytes: Sequence[int],
         chunk_blocks: int,
+        timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._copies = copies
         self._progress = progress
         self._block_bytes = [size // chunk_blocks for size in slice_bytes]
+        self._timeout_s = timeout_s
         self._clock = clock
         self._carried_at = clock()
         self._loads: dict[int, _Load] = {}
@@ -80,7 +88,8 @@ class Ahead:
     def begin(self, job: int, request_id: str, runs: list[Run], first: int) -> None:
         """Copy these runs, each of a chunk of the job from chunk `first` on, there or on its way."""
         slots = np.array([run.slot for run in runs], np.int64)
-        self._loads[job] = _Load(job, request_id, slots, runs, first)
+        until = self._clock() + self._timeout_s
+        self._loads[job] = _Load(job, request_id, slots, runs, first, until)
 
     def ended(self, job: int, came: int, error: str) -> bool:
         """The mover brings no more of a job: so many of its chunks came. Whether that is a load of ours."""
@@ -101,7 +110,8 @@ class Ahead:
     def carry(self) -> None:
         """Once a step, after its forward pass: begin copies for about as long as a step takes."""
         now = self._clock()
-        left = int(max(LEAST_S, now - self._carried_at) * BYTES_PER_S)
+        step_s = min(MOST_S, max(LEAST_S, now - self._carried_at))
+        left = int(step_s * BESIDE_BYTES_PER_S)
         self._carried_at = now
         self._collect()
         for load in self._loads.values():
@@ -113,6 +123,9 @@ class Ahead:
     def over(self) -> list[Landing]:
         """Requests that vLLM may go on with. Each is named once."""
         self._collect()
+        now = self._clock()
+        for load in self._loads.values():
+            load.late = load.late or (load.came is None and now >= load.until)
         done = [load for load in self._loads.values() if self._is_over(load)]
         for load in done:
             del self._loads[load.job]
@@ -139,16 +152,15 @@ class Ahead:
             self._loads[job].under_way -= 1
 
     def _is_over(self, load: _Load) -> bool:
-        if load.under_way or load.came is None:
-            return False
-        whole = load.batches is not None and load.next == len(load.batches) * len(self._block_bytes)
-        return load.ends or whole
+        if load.under_way or load.ends:
+            return not load.under_way
+        parts = len(load.batches or ()) * len(self._block_bytes)
+        return load.came is not None and load.batches is not None and load.next == parts
 
     @staticmethod
     def _landing(load: _Load) -> Landing:
-        assert load.came is not None
         failed = load.blocks if load.ends else []
-        chunks = 0 if load.ends else load.came
-        error = "" if load.stopped else load.error
-        lost = load.lost and not load.stopped
-        return Landing(load.job, load.request_id, chunks, failed, error, lost)
+        lost, heard = load.lost and not load.stopped, load.came is not None
+        chunks = 0 if load.stopped else load.came or 0
+        error = load.error or ("" if heard else "Unavailable") if lost else ""
+        return Landing(load.job, load.request_id, chunks, failed, error, lost, heard)

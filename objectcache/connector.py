@@ -351,7 +351,8 @@ class ObjectCacheConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.end_forward()
 
     def get_finished(self, finished_req_ids: Iterable[str]) -> tuple[None, set[str] | None]:
-        """No request waits for a save; those return here whose prefix streamed into their blocks."""
+        """No request waits for a save; those return here that were parked until their prefix was in their
+        blocks."""
         unparked = self._worker.unparked() if self._worker is not None else None
         return None, unparked or None
 

@@ -2,9 +2,9 @@
 
 Both kinds have one face. A load is submitted for a whole step; `wait_layer(l)` makes layer l safe
 to read; after the step `loaded()` names the loads whose slots may be reused. A save is submitted
-after the step's forward pass; `saved()` names those whose slots are final. A chunk for a request that
-does not run yet is loaded apart from any step, with all its layers; `chunks_loaded()` names it when its
-pages are written.
+after the step's forward pass; `saved()` names those whose slots are final. For a request that does not
+run yet pages are written apart from any step: whole chunks, which `chunks_loaded()` names, or a layer of
+many, which `parts_loaded()` counts.
 """
 
 from abc import ABC, abstractmethod

@@ -3,11 +3,12 @@
 Events and `now` (seconds, one clock) in; it says nothing to workers, but what was decided to the log.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from objectcache.admission import Admission, Phase
 from objectcache.choosing import Choosing, Other, Prompt
+from objectcache.index import KnownChunks
 from objectcache.messages import StepReport
 from objectcache.metrics import Counters
 from objectcache.moment import AT_ONCE, STAGED
@@ -20,6 +21,7 @@ from objectcache.worth import Choice
 
 DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
 MOMENT_LEAST_S = 0.002  # between two looks at when a request may be admitted
+DOUBTED_S, DOUBTED_MAX = 60.0, 10_000  # chunks of loads that were lost
 CHOICES = 8  # in a step: each takes a millisecond
 
 
@@ -27,7 +29,8 @@ CHOICES = 8  # in a step: each takes a millisecond
 class _Landing:
     """A load that a request computes on before it is known when all of it is there."""
 
-    choice: Choice
+    hashes: list[bytes]
+    choice: Choice | None
     began_s: float
     ranks: int  # that have not said how it ended
     lost: bool = False
@@ -73,13 +76,18 @@ class Loading:
         self._bringing: dict[bytes, Tracked] = {}  # chunk -> the request whose job brings it
         self._found: list[Tracked] = []  # for which nothing was chosen yet
         self._landing: dict[int, _Landing] = {}  # by job
+        self._doubted = KnownChunks(DOUBTED_S, DOUBTED_MAX)
         self._choices = CHOICES
         self._step = 0
 
     # ---- before it begins
 
-    def found(self, tracked: Tracked) -> None:
+    def found(self, tracked: Tracked, now: float) -> None:
         """Its prefix is in the store."""
+        if len(self._doubted):
+            hashes = tracked.chain.hashes[: tracked.found]
+            if any(self._doubted.has(chunk_hash, now) for chunk_hash in hashes):
+                tracked.mode = STAGED
         self._found.append(tracked)
 
     def may_stage(self, tracked: Tracked) -> bool:
@@ -231,7 +239,8 @@ class Loading:
             return tracked.ahead
         if tracked.mode == AT_ONCE or not self._beside:
             return False
-        chunks, end = len(tracked.job_hashes), admission.end_of(len(tracked.job_hashes))
+        end = tracked.local_tokens + admission.claim(tracked.local_tokens)
+        chunks = -(-end // self._chunk_tokens) - tracked.local_tokens // self._chunk_tokens
         found = self.timely.staged(tracked.request.num_tokens, end, chunks, now, self._beside)
         return found.ahead
 
@@ -246,20 +255,22 @@ class Loading:
         self._alone = False
         self._beside += 1
 
-    def parks(self, job: int) -> None:
-        """Its request was admitted to wait until it is copied: there is nothing to decide any more."""
+    def parks(self, tracked: Tracked) -> None:
+        """It was admitted to wait until it is copied: there is nothing to decide any more."""
+        assert tracked.job is not None
         self._counters.add("ahead_prompts")
+        self.turns.parks(tracked.request.request_id)
         if self.timely is not None:
-            self.timely.forget(job)
+            self.timely.forget(tracked.job)
 
     def lands(self, tracked: Tracked) -> None:
         """It was admitted on its job before all of it was there; `reported` hears how that ends."""
         assert tracked.job is not None
         self._counters.add("timely_prompts")
         choice, tracked.choice = tracked.choice, None
-        if choice is not None and self.timely is not None:
-            ranks = self.timely.ranks
-            self._landing[tracked.job] = _Landing(choice, tracked.began_s, ranks)
+        if self.timely is not None:
+            ranks, hashes = self.timely.ranks, tracked.job_hashes
+            self._landing[tracked.job] = _Landing(hashes, choice, tracked.began_s, ranks)
 
     def _landed(self, job: int, lost: bool, now: float) -> None:
         """One rank says how its part of such a load ended. A lost one is not judged: why is not known."""
@@ -271,8 +282,16 @@ class Loading:
         if landing.ranks:
             return
         del self._landing[job]
-        if self.choosing is not None and not landing.lost:
+        if landing.lost:
+            self.doubt(landing.hashes, now)
+        elif self.choosing is not None and landing.choice is not None:
             self.choosing.ended(landing.choice, now - landing.began_s, now)
+
+    def doubt(self, hashes: Sequence[bytes], now: float) -> None:
+        """Of a load that was lost after its request was admitted. Whoever wants these chunks next waits until
+        they are there: before that a failure is only a recompute, which replaces what is wrong."""
+        for chunk_hash in hashes:
+            self._doubted.add(chunk_hash, now)
 
     def _give_up(
         self, choosing: Choosing, tracked: Tracked, admission: Admission, now: float

@@ -68,7 +68,7 @@ class StepCommands(KVConnectorMetadata):
     streams: list[StreamCommand] = field(default_factory=list)
     stops: list[int] = field(
         default_factory=list
-    )  # streams that nobody waits for; none of it counts
+    )  # jobs of parked requests that nobody waits for; none of it counts
     saves: list[SaveCommand] = field(default_factory=list)
     step: int = 0
 

@@ -21,7 +21,9 @@ from objectcache.compute import Estimate
 STAGED, JUST_IN_TIME, AT_ONCE = "staged", "just-in-time", "at-once"
 MODES = (STAGED, JUST_IN_TIME, AT_ONCE)  # from patient to impatient
 EARLY_STALL_S = 0.05  # of a request that is admitted before it is time
-AHEAD_BYTES_PER_S = 16e9  # of what is copied while others compute, step by step
+BUS_BYTES_PER_S = 40e9  # host to GPU in a step, with all that goes with it
+BESIDE_BYTES_PER_S = 25e9  # of it, what is begun beside steps: the rest is for theirs
+AHEAD_BYTES_PER_S = 16e9  # what comes of that, since it is begun once a step
 AHEAD_LAG_S = 0.03  # a few steps: until its end is noticed, and the request is in one
 
 
@@ -74,7 +76,10 @@ class Moment:
         wait_s = self.at_s - now
         when = f"in {_ms(wait_s)}" if wait_s > 0.0 else f"now, possible since {_ms(-wait_s)}"
         if self.ahead:
-            when += ", to be copied while others compute"
+            return (
+                f"Admit {when}, to be copied while others compute: all layers are expected in "
+                f"{_ms(self.staged_s - now)}; in its own step they would wait for it."
+            )
         gain_s = self.staged_s - self.at_s
         than = "sooner than" if gain_s >= 0.0 else "later than"
         return (
@@ -158,14 +163,16 @@ def ahead(moment: Moment, now: float, copy_s: float, total_bytes: int, beside: i
 
     In its own step it is copied layer by layer as that computes, and all wait for the bus as far as it
     takes longer: `beside` times that, against how much later the request itself gets its token. Seconds
-    of each count the same.
+    of each count the same. It begins in its own step when that is safe, or when all is there: a margin
+    does not outlast that.
     """
     computes_s = moment.layers * moment.layer_s.mean_s
     stalls_s = pass_s(moment.layers, moment.layer_s.mean_s, copy_s) - computes_s
     copies_s = total_bytes / AHEAD_BYTES_PER_S
     begins_s = max(now, moment.staged_s - copies_s)
     there_s = max(moment.staged_s, begins_s + copies_s) + AHEAD_LAG_S
-    later_s = there_s - (max(now, moment.at_s) + stalls_s)
+    own_s = max(now, min(moment.at_s, moment.staged_s)) + stalls_s
+    later_s = there_s - own_s
     if not beside or stalls_s * beside <= later_s:
         return moment
     return replace(moment, at_s=begins_s, margin_s=0.0, ahead=True)

@@ -18,6 +18,11 @@ class Run:
     block_ids: Sequence[int]
 
 
+def lying_at(slots: Sequence[int], chunks: Sequence[tuple[int, list[int]]]) -> list[Run]:
+    """Of each chunk its first block and the page numbers; the chunks lie in the first of the slots."""
+    return [Run(slot, *chunk) for slot, chunk in zip(slots, chunks, strict=False)]
+
+
 @dataclass
 class Batch:
     """Runs that pass together, layer by layer."""

@@ -345,7 +345,7 @@ class SchedulerHalf:
         tracked.admission.looked_up(chunks)
         tracked.found = chunks
         tracked.save_from = max(tracked.save_from, chunks)
-        self.loading.found(tracked)
+        self.loading.found(tracked, time.monotonic())
         self._trace.note(tracked.request.request_id, "found", chunks=chunks)
         self._counters.add("found_tokens", chunks * self._options.chunk_tokens)
 
@@ -400,7 +400,7 @@ class SchedulerHalf:
         name = tracked.request.request_id if ahead else ""
         self._commands.loads.append(LoadCommand(job, load.first_block, ids, coming, name))
         if ahead:
-            self.loading.parks(job)
+            self.loading.parks(tracked)
             self._expect(job, tracked, tokens)
             return
         if coming:
@@ -428,17 +428,20 @@ class SchedulerHalf:
     def _staged(self, job: int, chunks: int, error: str, now: float) -> None:
         tracked = self._jobs[job]
         assert tracked.admission is not None
-        self._judge(tracked, error, tracked.job_first + chunks, now)
+        self._judge(tracked, error, tracked.job_hashes, chunks, tracked.job_first, now)
         self.loading.staged(tracked, chunks, now)
         tracked.admission.staged(chunks)
 
     def _streamed(self, streaming: Streaming, chunks: int, error: str, now: float) -> None:
-        if streaming.stopped:
-            return
         tracked, tokens = streaming.tracked, streaming.tokens
-        assert tracked.admission is not None
         first = tokens.start // self._options.chunk_tokens
-        self._judge(tracked, error, first + chunks, now)
+        if streaming.stopped:
+            if error:  # vLLM has ended the request because of it
+                self._judge(tracked, error, streaming.chunk_hashes, chunks, first, now)
+                self.loading.doubt(streaming.chunk_hashes[chunks:], now)
+            return
+        assert tracked.admission is not None
+        self._judge(tracked, error, streaming.chunk_hashes, chunks, first, now)
         tracked.admission.ended()
         came = min((first + chunks) * self._options.chunk_tokens, tokens.stop)
         self._counters.add("hit_tokens", max(0, came - tokens.start))
@@ -446,17 +449,25 @@ class SchedulerHalf:
             tracked.may_load = False  # it would meet the same object again, and again
         self._forget_job(tracked)
 
-    def _judge(self, tracked: Tracked, error: str, failed: int, now: float) -> None:
-        """What the end of a job says about the store, and about the chunks that did not come: those of
-        the job from chunk `failed` of the prefix on."""
+    def _judge(
+        self,
+        tracked: Tracked,
+        error: str,
+        hashes: Sequence[bytes],
+        came: int,
+        first: int,
+        now: float,
+    ) -> None:
+        """What the end of a job says about the store, and about those of its chunks that did not come. Its
+        first chunk is chunk `first` of the prefix."""
         if error in MISSES:
             self._breaker.succeeded()
         else:
             self._breaker.failed(now)
         if error in ("NotFound", "Corrupt"):
-            for chunk_hash in tracked.job_hashes[failed - tracked.job_first :]:
+            for chunk_hash in hashes[came:]:
                 self._known.discard(chunk_hash)
-            tracked.save_from = min(tracked.save_from, failed)
+            tracked.save_from = min(tracked.save_from, first + came)
 
     def _release(self, tracked: Tracked) -> None:
         """The job's chunks are not wanted any more."""

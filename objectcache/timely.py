@@ -11,6 +11,7 @@ from objectcache.arrival import Arrivals, Coming
 from objectcache.compute import ComputeModel, Costs, Estimate, Work, decodes, first_pass, prefill
 from objectcache.flow import StoreModel
 from objectcache.moment import (
+    BUS_BYTES_PER_S,
     JUST_IN_TIME,
     STAGED,
     Moment,
@@ -22,7 +23,6 @@ from objectcache.moment import (
 from objectcache.wire import Wire, slowest
 
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
-BUS_BYTES_PER_S = 40e9  # host to GPU, with all that goes with it
 STEPS_KEPT = 64
 LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 

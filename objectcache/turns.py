@@ -100,6 +100,13 @@ class Turns:
             else:
                 self._chosen.remove(name)  # what it takes was reckoned with
 
+    def parks(self, name: str) -> None:
+        """It has the blocks that it wanted, and holds its slots until it is over."""
+        begun = self._begun.get(name)
+        if begun is not None:
+            self._begun[name] = (begun[0], 0)
+            self._chosen = None
+
     def over(self, name: str, now: float) -> None:
         """It was admitted, or nobody waits for it any more. Idempotent."""
         if self._begun.pop(name, None) is not None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from objectcache.admission import STAGE_GRACE_S
 from objectcache.ahead import Ahead
 from objectcache.config import Options
 from objectcache.device import Copies, open_copies
@@ -38,7 +39,7 @@ from objectcache.movers import split as split_berth
 from objectcache.parked import Parked, split
 from objectcache.report import Reporter, log
 from objectcache.ring import Ring, shares
-from objectcache.runs import Run
+from objectcache.runs import Run, lying_at
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
 from objectcache.streamer import StageResult
@@ -59,7 +60,7 @@ class WorkerHalf:
 
     `shard` of `shards` is the part of each chunk that this rank reads; `writes` is whether it also
     writes it (of ranks with equal KV only one does). `streams` is whether vLLM computes what an
-    asynchronous load did not bring: only then such loads are made, and part of the ring is theirs.
+    asynchronous load did not bring: only then prefixes stream through the ring, and part of it is theirs.
     `neighbours` is how many workers share this host, itself included. `whole_layers` is whether a layer's
     hook is called once a step, when all of the step's tokens of that layer are computed.
     """
@@ -119,7 +120,8 @@ class WorkerHalf:
         self._copies: Copies = open_copies(self._pages, self._slots, self._layout)
         self._parked = Parked(self._copies, self._mover, chunk_blocks)
         sizes = self._layout.slice_bytes
-        self._ahead = Ahead(self._copies, self._slots.progress, sizes, chunk_blocks)
+        limit_s = options.stage_timeout_ms / 1000 + STAGE_GRACE_S
+        self._ahead = Ahead(self._copies, self._slots.progress, sizes, chunk_blocks, limit_s)
         self._failed_blocks: set[int] = set()
         self._placed: dict[int, list[int]] = {}  # job -> slots to which its chunks come, or came
         self._late = Late(
@@ -143,6 +145,9 @@ class WorkerHalf:
         for job in commands.releases:
             if job not in never_mind:
                 self._release(job)
+        for job in commands.stops:  # of the namespace that they were begun in
+            if self._ahead.stop(job):
+                self._mover.cancel(job)
         if commands.namespace[0] and commands.namespace != self._namespace:
             self._namespace = commands.namespace
             self._mover.enter(*commands.namespace)
@@ -153,8 +158,6 @@ class WorkerHalf:
             self._parked.begin(stream)
         for job in commands.stops:
             self._parked.stop(job)
-            if self._ahead.stop(job):
-                self._mover.cancel(job)
         loads, commands.loads = commands.loads, []
         for load in loads:
             if load.request_id:
@@ -226,7 +229,11 @@ class WorkerHalf:
             self._failed_blocks.update(request.failed_blocks)
         landed = self._ahead.over() if not self._closed else []
         for load in landed:
-            self._mover.release(load.job)
+            if load.heard:
+                self._mover.release(load.job)
+            else:
+                self._given_up.add(load.job)
+                self._mover.cancel(load.job)
             self._reports.streamed.append(Streamed(load.job, load.chunks, load.error))
             self._counters.add("failed_prompts", int(load.lost))
             self._failed_blocks.update(load.failed_blocks)
@@ -325,8 +332,7 @@ class WorkerHalf:
         slots = placed if load.coming else staged
         assert slots is not None, "a job is loaded that is not there"
         skipped, chunks = self._chunks_of(load)
-        runs = [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
-        self._ahead.begin(load.job, load.request_id, runs, skipped)
+        self._ahead.begin(load.job, load.request_id, lying_at(slots[skipped:], chunks), skipped)
         if staged is not None:
             self._ahead.ended(load.job, len(staged), "")
 
@@ -351,7 +357,7 @@ class WorkerHalf:
             slots = self._staged.pop(load.job)
             self._placed.pop(load.job, None)
         self._loading.add(load.job)
-        return [Run(slots[skipped + at], *chunk) for at, chunk in enumerate(chunks)]
+        return lying_at(slots[skipped:], chunks)
 
     def _begin_saves(self, saves: Sequence[SaveCommand]) -> None:
         runs = []

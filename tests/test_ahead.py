@@ -8,10 +8,12 @@ from device_lab import BLOCKS, CHUNK_BLOCKS, LAYERS, Rig, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from objectcache.ahead import BYTES_PER_S, LEAST_S, Ahead, Landing
+from objectcache.ahead import LEAST_S, MOST_S, Ahead, Landing
+from objectcache.moment import BESIDE_BYTES_PER_S
 from objectcache.runs import Batch, Run
 
 RUNS = [Run(2, 0, [6, 7, 8, 9]), Run(0, 0, [30, 1, 2, 3]), Run(5, 0, [20, 21])]
+LIMIT_S = 60.0
 IDS = [block for run in RUNS for block in run.block_ids]
 
 
@@ -22,7 +24,9 @@ class Scene:
         self.rig, self.now = rig, 0.0
         self.progress = rig.slots.progress
         sizes = rig.layout.slice_bytes
-        self.ahead = Ahead(rig.copies, self.progress, sizes, CHUNK_BLOCKS, lambda: self.now)
+        self.ahead = Ahead(
+            rig.copies, self.progress, sizes, CHUNK_BLOCKS, LIMIT_S, lambda: self.now
+        )
 
     def step(self, step_s: float = 1.0) -> list[Landing]:
         self.now += step_s
@@ -58,7 +62,7 @@ def test_each_layer_is_copied_when_all_of_its_chunks_have_it(scene: Scene) -> No
         assert scene.step() == []
         assert scene.right(layer) and (layer + 1 == LAYERS or not scene.touched(layer + 1))
     assert scene.ahead.ended(1, 3, "")
-    assert scene.step() == [Landing(1, "r", 3, [], "", lost=False)]
+    assert scene.step() == [Landing(1, "r", 3, [], "", lost=False, heard=True)]
     others = [block for block in range(BLOCKS) if block not in IDS]
     poison = bytes([0xEE]) * scene.rig.sizes[0]
     assert all(scene.rig.page(0, block) == poison for block in others)
@@ -79,21 +83,23 @@ def test_if_a_chunk_does_not_come_all_blocks_are_named(scene: Scene, came: int) 
     scene.progress[:] = 1
     scene.step()
     scene.ahead.ended(1, came, "Corrupt")
-    assert scene.step() == [Landing(1, "r", 0, IDS, "Corrupt", lost=True)]
+    assert scene.step() == [Landing(1, "r", came, IDS, "Corrupt", lost=True, heard=True)]
 
 
 def test_chunks_of_the_job_before_the_load_do_not_count(scene: Scene) -> None:
     scene.progress[:] = LAYERS
     scene.ahead.begin(1, "r", RUNS, first=4)
     scene.ahead.ended(1, 7, "")
-    assert scene.step() == [Landing(1, "r", 3, [], "", lost=False)]
+    assert scene.step() == [Landing(1, "r", 3, [], "", lost=False, heard=True)]
     scene.ahead.begin(2, "s", RUNS, first=4)
     scene.ahead.ended(2, 6, "NotFound")
-    assert scene.step() == [Landing(2, "s", 0, IDS, "NotFound", lost=True)]
+    assert scene.step() == [Landing(2, "s", 2, IDS, "NotFound", lost=True, heard=True)]
 
 
 @pytest.mark.parametrize("heard", [False, True])
-def test_who_is_stopped_is_named_once_no_more_is_on_its_way(scene: Scene, heard: bool) -> None:
+def test_who_is_stopped_is_named_once_whether_or_not_the_mover_has_ended(
+    scene: Scene, heard: bool
+) -> None:
     scene.ahead.begin(1, "r", RUNS, 0)
     scene.progress[:] = 1
     scene.step()
@@ -101,12 +107,17 @@ def test_who_is_stopped_is_named_once_no_more_is_on_its_way(scene: Scene, heard:
         scene.ahead.ended(1, 3, "")
     assert scene.ahead.stop(1) is not heard, "whether the mover is to be told"
     scene.progress[:] = LAYERS
-    if not heard:
-        assert scene.step() == []
-        scene.ahead.ended(1, 0, "Cancelled")
-    assert scene.step() == [Landing(1, "r", 0, IDS, "", lost=False)]
+    assert scene.step() == [Landing(1, "r", 0, IDS, "", lost=False, heard=heard)]
     assert not scene.touched(1), "copied for nobody"
     assert not scene.ahead.stop(1)
+
+
+def test_a_mover_that_does_not_answer_is_not_waited_for_longer_than_its_limit(scene: Scene) -> None:
+    scene.ahead.begin(1, "r", RUNS, 0)
+    scene.progress[:] = 1
+    assert scene.step(LIMIT_S / 2) == [] and scene.step(LIMIT_S / 2 - 1) == []
+    assert scene.step() == [Landing(1, "r", 0, IDS, "Unavailable", lost=True, heard=False)]
+    assert not scene.ahead.ended(1, 3, "") and scene.step() == []
 
 
 class Held:
@@ -132,7 +143,7 @@ class Held:
 def test_nobody_goes_on_before_its_last_copy_has_ended(how: str) -> None:
     """vLLM gives blocks to others then, and the mover the slots."""
     copies, progress = Held(4), np.full(8, LAYERS, np.uint16)
-    ahead = Ahead(copies, progress, [256] * LAYERS, CHUNK_BLOCKS, lambda: 0.0)  # type: ignore[arg-type]
+    ahead = Ahead(copies, progress, [256] * LAYERS, CHUNK_BLOCKS, LIMIT_S, lambda: 0.0)  # type: ignore[arg-type]
     ahead.begin(1, "r", RUNS, 0)
     ahead.carry()
     assert len(copies.begun) == LAYERS * len(RUNS)
@@ -156,16 +167,16 @@ def test_a_step_begins_about_as_much_as_the_bus_can_bring_in_one(
     """And each part once, layer by layer within its load, whatever the steps are."""
     slice_bytes = 20 << 20  # of a chunk of 4 blocks
     copies, progress, now = Held(4), np.full(16, LAYERS, np.uint16), 0.0
-    ahead = Ahead(copies, progress, [slice_bytes] * LAYERS, CHUNK_BLOCKS, lambda: now)  # type: ignore[arg-type]
+    ahead = Ahead(copies, progress, [slice_bytes] * LAYERS, CHUNK_BLOCKS, LIMIT_S, lambda: now)  # type: ignore[arg-type]
     for job, (chunks, _) in enumerate(loads):
         runs = [Run(at, 0, [4 * at, 4 * at + 1, 4 * at + 2, 4 * at + 3]) for at in range(chunks)]
         ahead.begin(job, f"r{job}", runs, 0)
         ahead.ended(job, chunks, "")
     seen = 0
-    for step_s in [*steps, *[1.0] * 2]:
+    for step_s in [*steps, *[1.0] * 5]:
         now += step_s
         ahead.carry()
-        most = max(LEAST_S, step_s) * BYTES_PER_S
+        most = min(MOST_S, max(LEAST_S, step_s)) * BESIDE_BYTES_PER_S
         assert (len(copies.begun) - seen - 1) * slice_bytes < most
         seen = len(copies.begun)
     assert len(set(copies.begun)) == len(copies.begun) == LAYERS * sum(n for n, _ in loads)

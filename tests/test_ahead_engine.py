@@ -219,3 +219,95 @@ def test_a_reset_of_the_cache_while_it_is_copied(
     until_over(one, name)
     assert request.status is RequestStatus.FINISHED_ERROR
     one.abort(other)
+
+
+def test_blocks_come_back_soon_after_a_reset_however_slow_the_store_is(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]]
+) -> None:
+    """The read belongs to the name that was just given up."""
+    one = by_a_slow_bus(engine(read_timeout_ms=8000), kind=Early)
+    other = busy(one)
+    proxy.fault = get_is(Fault(bytes_per_s=30_000))
+    name = one.add(PROMPT)
+    request = one.scheduler.requests[name]
+    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
+        one.step()
+    began = time.monotonic()
+    one.connector.reset_cache()
+    until_over(one, name)
+    assert time.monotonic() < began + 0.5
+    end = time.monotonic() + 1.0
+    while one.workers[0].leased_slots and time.monotonic() < end:
+        one.step()
+    assert one.workers[0].leased_slots == 0, "it is still read"
+    one.abort(other)
+
+
+class Silent:
+    """A mover that says nothing more."""
+
+    def __init__(self, mover: Any) -> None:
+        self._mover = mover
+
+    def take(self) -> list[Any]:
+        return []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mover, name)
+
+
+@pytest.mark.parametrize("hangs_up", [True, False])
+def test_a_mover_that_hangs_holds_nobody(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], hangs_up: bool
+) -> None:
+    one = by_a_slow_bus(engine(stage_timeout_ms=500), kind=Early)
+    other = busy(one, tokens=100_000)
+    proxy.fault = get_is(Fault(bytes_per_s=200_000))
+    name = one.add(PROMPT)
+    request = one.scheduler.requests[name]
+    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
+        one.step()
+    half = one.workers[0].connector._worker
+    mover = half._mover
+    half._mover = Silent(mover)
+    if hangs_up:
+        one.abort(name)
+    until_over(one, name, timeout_s=5.0)
+    assert request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS
+    half._mover = mover
+    one.abort(other)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_spoilt_object_fails_one_request_and_is_replaced_by_the_next(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], ahead: bool
+) -> None:
+    """Who meets it early fails; who comes after that waits until all is there, and computes what is wrong."""
+    one = engine()
+    if ahead:
+        by_a_slow_bus(one, kind=Early)
+    other = busy(one)
+    if not ahead:
+        one.abort(other)
+    paths: list[str] = []
+
+    def script(request: Request) -> Fault | None:
+        if request.method != "GET":
+            return None
+        path = request.path.partition("?")[0]
+        if path not in paths:
+            paths.append(path)
+        return Fault(flip=95_000, bytes_per_s=300_000) if path == paths[2] else SLOW
+
+    proxy.fault = script
+    seen = []
+    for _ in range(3):
+        name = one.add(PROMPT, transfer={"objectcache.save": False})
+        request = one.scheduler.requests[name]
+        until_over(one, name)
+        seen.append(request.status is RequestStatus.FINISHED_ERROR)
+        if not seen[-1]:
+            assert [one.outputs[name]] == want
+    assert seen == [True, False, False]
+    if ahead:
+        one.abort(other)

@@ -185,6 +185,14 @@ def test_what_is_on_its_way_is_parked_when_its_copies_can_end_with_its_bytes() -
     assert "to be copied while others compute" in when.tell(0.0)
 
 
+@pytest.mark.parametrize("sigma_s", [0.0, 0.05, 0.2])
+def test_a_small_prefix_is_not_copied_ahead_however_unsure_its_arrival_is(sigma_s: float) -> None:
+    """In its own step it waits no longer than until all is there."""
+    expected = Arrivals((0.5,) * 32, (sigma_s,) * 32)
+    found = moment(expected, 0.0, Estimate(0.003, 0.0), 25e-6)
+    assert ahead(found, 0.0, 25e-6, 32 << 20, beside=1) == found
+
+
 @settings(max_examples=200, deadline=None)
 @given(costs, costs, st.floats(0.0, 1e11), st.integers(0, 64), st.integers(1, 40))
 def test_seconds_of_each_count_the_same(

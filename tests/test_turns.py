@@ -57,6 +57,22 @@ def test_the_smallest_begin_first_whoever_is_asked_first_and_only_what_fits() ->
     assert one.step() == ["large"]
 
 
+def test_who_has_got_its_blocks_is_not_reckoned_with_twice_and_keeps_its_slots() -> None:
+    one = line(slots=10, blocks=100)
+    one.add("parked", 6, blocks=60)
+    assert one.step() == ["parked"]
+    one.held = 60  # it was given them
+    one.add("small", 4, blocks=40)
+    one.add("large", 5, blocks=10)
+    assert one.step() == []
+    one.turns.parks("parked")
+    assert one.step() == ["small"]
+    one.over("small")
+    assert one.step() == []
+    one.over("parked")
+    assert one.step() == ["large"]
+
+
 def test_none_begins_whose_blocks_do_not_fit_beside_those_that_wait_for_theirs() -> None:
     one = line(slots=1000, blocks=100)
     one.held = 40
