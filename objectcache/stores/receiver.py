@@ -309,17 +309,19 @@ class _Crew:
             least = [exchange for exchange in ready if exchange.level == lowest]
             for exchange in least[:FILLS]:
                 self._step(self._fill, exchange, now)
-        if called:  # last: a descriptor that this frees and takes again had no event above
-            self._listen(now)
+        if called:
+            with suppress(BlockingIOError):
+                self._ear.recv(64)
+            self._woken = False  # first: what is submitted from here on wakes again
+        # Last: a descriptor that this frees and takes again had no event above. Also if nobody has called
+        # yet: who is awake begins what came meanwhile.
+        self._listen(now)
         if now >= self._look_at:
             self._look_at = now + self._tick_s
             for exchange in list(self._live.values()):
                 self._step(self._look_after, exchange, now)
 
     def _listen(self, now: float) -> None:
-        with suppress(BlockingIOError):
-            self._ear.recv(64)
-        self._woken = False  # first: what is submitted from here on wakes again
         while self._inbox:
             exchange = self._inbox.popleft()
             if not exchange.over:
