@@ -79,6 +79,11 @@ class ObjectLayout:
         return tuple(offsets)
 
     @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """First byte behind each layer's slice."""
+        return tuple(map(int.__add__, self.offsets, self.slice_bytes))
+
+    @cached_property
     def object_bytes(self) -> int:
         return self.header_bytes + sum(self.slice_bytes)
 
@@ -219,7 +224,7 @@ class Part:
         self._layers = list(range(first, last))
         self.span = layout.span(first, last)
         begin = self.span.start
-        self.marks = [layout.slice_of(layer).stop - begin for layer in self._layers]
+        self.marks = [end - begin for end in layout.ends[first:last]]
         self._next = 0
         if first == 0:
             self.marks.insert(0, layout.header_bytes)

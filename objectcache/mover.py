@@ -138,7 +138,8 @@ class LocalMover(Mover):
     """In this process, on a thread with a loop. `slot_view(slot)` is the memory of a slot, and
     `progress[slot]` how many leading layers of what comes there may be used.
 
-    `heard` is called, from any thread, when there is an event to take.
+    `heard` is called, from any thread, when there is an event to take, and `opened`, on the thread with
+    the loop, once the store is open or could not be opened.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class LocalMover(Mover):
         slot_view: Callable[[int], memoryview],
         progress: Progress,
         heard: Callable[[], None] = lambda: None,
+        opened: Callable[[], None] = lambda: None,
     ) -> None:
         self._options = berth.options
         self._layout = berth.layout
@@ -164,13 +166,14 @@ class LocalMover(Mover):
         self._loop: LoopThread | None = LoopThread("objectcache-mover")
         self._streamer: Streamer | None = None
         self._wire: Wire | None = None
-        self._loop.call(lambda loop: loop.spawn(self._open_store()), self._loop)
+        self._loop.call(lambda loop: loop.spawn(self._open_store(opened)), self._loop)
 
-    async def _open_store(self) -> None:
+    async def _open_store(self, opened: Callable[[], None]) -> None:
         try:
             await self._store.open()
         except ObjectCacheError:
             log.debug("objectcache: the store is not ready yet")  # the scheduler half says why
+        opened()
 
     def enter(self, name: str, digest: bytes) -> None:
         loop, before = self._running, self._streamer

@@ -130,6 +130,10 @@ def plan(
         requests = chunks * len(groups)
         if requests > max(limits.requests, chunks):
             continue
+        if best is not None and best[0] <= prices.seconds(requests) + layer_s * len(
+            layout.slice_bytes
+        ):
+            continue  # dearer even if all were there at once: modelling costs the client time, too
         if limits.part_bytes is not None and any(
             last - first > 1 and size > limits.part_bytes
             for (first, last), size in zip(groups, _sizes(layout, groups), strict=True)

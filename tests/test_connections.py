@@ -130,6 +130,26 @@ def test_one_that_stirred_is_not_used(how: str) -> None:
     run(scenario)
 
 
+def test_that_one_did_not_stir_is_believed_for_one_turn_of_the_loop() -> None:
+    async def scenario(pool: Connections, names: Names) -> None:
+        servers = [kept(pool, await pool.choose()) for _ in range(3)]
+        first = pool.take()
+        assert first is not None
+        await asyncio.sleep(0)
+        servers[0].close()
+        second = pool.take()
+        assert second is not None and pool.take() is None
+        pool.give_back(*first)  # in the same turn
+        servers[2].close()
+        assert pool.take() is None
+        pool.give_back(second[0], None)
+        assert pool.open == 0
+        second[1].close()
+        servers[1].close()
+
+    run(scenario)
+
+
 def test_there_are_never_more_than_the_bound() -> None:
     async def scenario(pool: Connections, names: Names) -> None:
         servers = [kept(pool, await pool.choose()) for _ in range(3)]

@@ -2,12 +2,14 @@
 
 import gc
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
@@ -286,6 +288,38 @@ def test_it_takes_no_memory_of_the_parent(tmp_path: Path) -> None:
     mover.close(1.0)
     assert "libtorch" not in mapped and "vllm" not in mapped
     assert time.monotonic() - began < 10
+
+
+def test_no_collection_looks_at_its_libraries(tmp_path: Path) -> None:
+    """One of all objects would stop every thread for about 0.1 s, within the first prefixes."""
+    code = (
+        "import gc, sys, threading, time\n"
+        "from objectcache.mover_process import serve\n"
+        "def watch():\n"
+        "    while not gc.get_freeze_count(): time.sleep(0.01)\n"
+        "    print(gc.get_freeze_count(), len(gc.get_objects()), flush=True)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+        "serve(*map(int, sys.argv[1:]))\n"
+    )
+    slots = HostSlots(4, LAYOUT.object_bytes, pinned=False, shared=True)
+    assert slots.descriptor is not None
+    options = parse({"url": f"file://{tmp_path}", "chunk_tokens": LAYOUT.chunk_tokens})
+    ours, theirs = Pipe()
+    handed = (theirs.fileno(), slots.descriptor)
+    command = [sys.executable, "-c", code, *map(str, handed)]
+    process = subprocess.Popen(command, pass_fds=handed, stdout=subprocess.PIPE)
+    theirs.close()
+    try:
+        ours.send((Berth(options, LAYOUT, 4, range(3), 0), 20))
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], 10.0)
+        assert ready, "its heap is not set apart"
+        apart, others = map(int, process.stdout.readline().split())
+        assert apart > 5 * others
+    finally:
+        ours.close()
+        process.kill()
+        process.communicate()
 
 
 # ---- several of them

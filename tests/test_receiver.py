@@ -430,7 +430,7 @@ def test_ends_at_one_time_wake_the_loop_once() -> None:
         for stream in streams:
             stream.send(0, 1000, head=True)
         runs = [asyncio.ensure_future(receiver.run(s.exchange, 5)) for s in streams]
-        await asyncio.sleep(0)
+        await asyncio.wait(runs, timeout=0)  # two turns: in the second the thread is woken
         time.sleep(0.2)  # the loop is busy meanwhile
         await asyncio.gather(*runs)
         assert receiver.wakes <= 2
@@ -439,6 +439,25 @@ def test_ends_at_one_time_wake_the_loop_once() -> None:
     for stream in streams:
         with stream.closing():
             assert stream.memory == stream.body
+
+
+def test_requests_of_one_time_wake_a_thread_once() -> None:
+    async def scenario(receiver: Receiver) -> None:
+        async def request(stream: Stream) -> None:
+            time.sleep(0.001)  # lets go of the GIL
+            await receiver.run(stream.exchange, 5)
+
+        streams = [Stream(1000, []) for _ in range(20)]
+        runs = [asyncio.ensure_future(request(stream)) for stream in streams]
+        await asyncio.sleep(0.05)  # nobody answers
+        assert receiver.counts[0].polls <= 3
+        for stream, its in zip(streams, runs, strict=True):
+            with stream.closing():
+                stream.send(0, 1000, head=True)
+                await its
+                assert stream.memory == stream.body
+
+    run(scenario)
 
 
 def test_the_end_of_a_body_does_not_wait_for_more() -> None:

@@ -10,12 +10,14 @@ import socket
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from itertools import islice
 
 from objectcache.stores.receiver import Peer
 
 LOOKUP_TTL_S = 5.0
 DEAD_S = 10.0  # how long an address without a connection is left alone
 IDLE_S = 12.0  # servers and balancers close theirs after 15 s or more
+ASKED_TOGETHER = 64  # most connections about which the system is asked for one that is wanted
 
 
 LookUp = Callable[[str, int, int], list[Peer]]  # host, port, flags of getaddrinfo; raises OSError
@@ -49,6 +51,8 @@ class Connections:
         self._dead_until: dict[Peer, float] = {}
         self._open: Counter[Peer] = Counter()  # in use and idle
         self._idle: deque[tuple[float, Peer, socket.socket]] = deque()  # the latest last
+        # Idle ones that did not stir in this turn of the loop.
+        self._quiet: set[socket.socket] = set()
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -78,11 +82,29 @@ class Connections:
             _, peer, sock = self._idle[at]
             if peer in but:
                 continue
+            quiet = self._is_quiet(at)
             del self._idle[at]
-            if not _stirs(sock):
+            if quiet:
                 return peer, sock
             self._drop(peer, sock)
         return None
+
+    def _is_quiet(self, at: int) -> bool:
+        """Of an idle one. A burst of requests asks the system once for many: each call lets go of the
+        GIL, and to get it again takes longer than all else that a request costs here."""
+        sock = self._idle[at][2]
+        if sock not in self._quiet:
+            first = max(0, at + 1 - ASKED_TOGETHER)
+            idle = [sock for _, _, sock in islice(self._idle, first, at + 1)]
+            stirring = _stirring(idle)
+            if not self._quiet:
+                asyncio.get_running_loop().call_soon(self._quiet.clear)
+            self._quiet.clear()
+            self._quiet.update(sock for sock in idle if sock.fileno() not in stirring)
+        if sock not in self._quiet:
+            return False
+        self._quiet.remove(sock)  # when it comes back it is asked about anew
+        return True
 
     async def choose(self, but: Collection[Peer] = ()) -> Peer:
         """Where to open a connection. Then: `give_back`. Raises Unresolved if nothing is left beside `but`."""
@@ -179,8 +201,9 @@ def _looked_up(host: str, port: int, flags: int) -> list[Peer]:
     return [*dict.fromkeys(peers)]
 
 
-def _stirs(sock: socket.socket) -> bool:
-    """Whether an idle connection was closed, or has bytes that nobody asked for."""
+def _stirring(socks: list[socket.socket]) -> set[int]:
+    """Descriptors of idle connections that were closed, or have bytes that nobody asked for."""
     poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+    for sock in socks:
+        poll.register(sock, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(0)}

@@ -130,6 +130,7 @@ class Receiver:
         self._closed = False
         self._ends: deque[Exchange] = deque()
         self._telling = False
+        self._called: set[_Crew] = set()  # those to be woken when this turn of the loop is over
         self.wakes = 0  # of the loop
 
     @property
@@ -155,14 +156,23 @@ class Receiver:
         exchange.ended = loop.create_future()
         exchange.crew = crew
         exchange.until = time.monotonic() + limit_s
+        if not self._called:
+            loop.call_soon(self._wake_crews)
+        self._called.add(crew)
         crew.submit(exchange)
         try:
             await exchange.ended
         except asyncio.CancelledError:
             exchange.dropped = True
             crew.submit(exchange)
+            crew.wake()
             await self._outlast(exchange)
             raise
+
+    def _wake_crews(self) -> None:
+        """After a burst: threads that are awake would keep the loop from the GIL at each of its requests."""
+        while self._called:
+            self._called.pop().wake()
 
     async def _outlast(self, exchange: Exchange) -> None:
         """Wait for the thread's word, however often we are cancelled: it comes within a piece."""
@@ -210,7 +220,7 @@ def _waits_for(exchange: Exchange) -> int:
 
 
 class _Crew:
-    """One thread with its sockets. `submit`, `close` and `load` are the loop's, all else the thread's."""
+    """One thread with its sockets. `submit`, `wake`, `close` and `load` are the loop's, all else the thread's."""
 
     def __init__(
         self, number: int, connect_s: float, silence_s: float, tell: Callable[[Exchange], None]
@@ -243,16 +253,16 @@ class _Crew:
         return self._thread.is_alive()
 
     def submit(self, exchange: Exchange) -> None:
+        """Then: `wake`."""
         self._inbox.append(exchange)
-        self._wake()
         if self._gone:
             self._empty_inbox()
 
     def close(self) -> None:
         self._closing = True
-        self._wake()
+        self.wake()
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
         if not self._woken:
             self._woken = True
             with suppress(OSError):  # it has ended, or its ear is full
@@ -299,17 +309,19 @@ class _Crew:
             least = [exchange for exchange in ready if exchange.level == lowest]
             for exchange in least[:FILLS]:
                 self._step(self._fill, exchange, now)
-        if called:  # last: a descriptor that this frees and takes again had no event above
-            self._listen(now)
+        if called:
+            with suppress(BlockingIOError):
+                self._ear.recv(64)
+            self._woken = False  # first: what is submitted from here on wakes again
+        # Last: a descriptor that this frees and takes again had no event above. Also if nobody has called
+        # yet: who is awake begins what came meanwhile.
+        self._listen(now)
         if now >= self._look_at:
             self._look_at = now + self._tick_s
             for exchange in list(self._live.values()):
                 self._step(self._look_after, exchange, now)
 
     def _listen(self, now: float) -> None:
-        with suppress(BlockingIOError):
-            self._ear.recv(64)
-        self._woken = False  # first: what is submitted from here on wakes again
         while self._inbox:
             exchange = self._inbox.popleft()
             if not exchange.over:
