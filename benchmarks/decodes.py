@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.tiny_model import prompt_tokens
 
 SEQUENCES, PROMPT_TOKENS = 32, 100
+SLOW = 1.5  # times the median step alone: a slow one
 SETTLE_STEPS = 15  # prefills, and the first decode steps after them
 
 
@@ -107,6 +108,9 @@ def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         if len(steps["beside_ms"]):
             ratio = found[f"beside_step_{quantile}_ms"] / found[f"alone_step_{quantile}_ms"]
             found[f"{quantile}_worse_percent"] = (ratio - 1) * 100
+    if len(steps["beside_ms"]) and len(steps["alone_ms"]):
+        slow = steps["all_ms"] > SLOW * found["alone_step_p50_ms"]
+        found["slow_steps_per_prefix"] = float(slow.sum() / max(1, len(steps["admitting_ms"])))
     if len(steps["admitting_ms"]):
         found["admitting_step_max_ms"] = float(steps["admitting_ms"].max())
     return found | {"steps": len(steps["beside_ms"]), "prefixes": len(steps["admitting_ms"])}

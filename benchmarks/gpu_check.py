@@ -33,6 +33,7 @@ from benchmarks.tiny_model import ModelShape, prompt_tokens, write_model
 SHAPE = ModelShape(layers=6, heads=8, kv_heads=4, head_size=128, hidden=512, intermediate=1024)
 POISON = 0x7E  # a large number in every KV type; 0x7F is NaN in fp8, which spoils a whole block
 CHUNK = 256
+FULL_TRIES = 5  # whether its last token meets nothing but decodes is chance
 SAVES_MOST = 60  # times that prompts are asked so that all is saved
 # Most important first.
 CASES: list[Case] = [
@@ -66,7 +67,7 @@ CASES: list[Case] = [
     {"kv_cache_dtype": "fp8", "attention_backend": "FLASHINFER"},
     {"attention_backend": "FLASHINFER", "block_size": 128},
     {"attention_backend": "TRITON_ATTN", "layout": "BLNHC", "v2": False},
-    {"kernel_block": 32, "block_size": 128, "layout": "BLHNC", "v2": False},
+    {"kernel_block": 32, "block_size": 128, "layout": "LBNHC", "v2": False},
     *(
         {"graphs": graphs, "v2": v2, "async_scheduling": False}
         for graphs in ("FULL", "PIECEWISE", "eager")
@@ -213,15 +214,15 @@ class _Check:
         """A prompt whose every token but one comes from the store, with these pages, joins a batch of decodes."""
         others = [prompt_tokens(300, seed=s) for s in range(50, 54)]
         self.poison()
-        half = self.scheduler.connector._scheduler
-        half._loads = False
-        self.ask_quietly(prompt[:-1])
+        self.ask_quietly(prompt)  # from the store: its pages are those that come then
         base = self.ask([prompt], beside=others)  # hit in the engine's own memory
-        half._loads = True
-        self.poison()
         before, parked = self.full_replays, self.parked
-        warm = self.ask([prompt], beside=others)
-        self.settle()
+        for _ in range(FULL_TRIES):
+            self.poison()
+            warm = self.ask([prompt], beside=others)
+            self.settle()
+            if self.full_replays > before or warm["tokens"] != base["tokens"]:
+                break
         full = self.case.get("graphs", "FULL").startswith("FULL") and self.cuda
         # There it is chance whether the prompt's last token meets nothing but decodes.
         full &= self.case.get("async_scheduling") is not False

@@ -26,6 +26,7 @@ vllm-s3      the same before its own S3 tier, through NIXL, 256-token chunks, 32
 saving       (`--overhead save`) objectcache, cold, `hit_ratio` 0; a run begins when the chunks of the one
              before are written. Compare with recompute
 decodes      (`--decodes`) see decodes.py; of the case with the longest prefix
+decodes-hbm  the same with prefixes that are in vLLM's own cache: what such prompts cost without us
 
 Stores: nginx (files in memory, signatures ignored: the ceiling), SeaweedFS (pieces of 64 MiB, so that a
 chunk is one), or a bucket by `--bucket`. An engine writes the prefixes into the first store; the others
@@ -84,6 +85,7 @@ CONTEXTS, RATIOS = (65536, 16384, 4096), (0.875, 0.5)
 SMOKE_CONTEXTS, SMOKE_RATIOS = (1536,), (0.5,)
 SYSTEMS = ("objectcache", "local", "recompute", "hbm", "vllm-cpu", "vllm-s3")
 EXTRA = ("saving", "decodes")
+DECODES = ("decodes", "decodes-hbm")
 START_LIMIT_S, LEAST_S = 200.0, 20.0
 GRACE_S = 20.0  # for what was begun when time is up
 _MODULES = ("vllm", "vllm-cpu", "torch", "nixl", "obstore")
@@ -195,8 +197,8 @@ class Run:
             raise RuntimeError(f"{to} did not come: {why}")
 
     def _measure(self, session: Session, store: str, wanted: Sequence[Wanted]) -> None:
-        decodes = [case for system, case in wanted if system == "decodes"]
-        runs = [(system, case) for system, case in wanted if system != "decodes"]
+        decodes = [(system, case) for system, case in wanted if system in DECODES]
+        runs = [(system, case) for system, case in wanted if system not in DECODES]
         for number in range(self._rounds):
             for system, case in runs:
                 if self.time_is_up:
@@ -209,15 +211,16 @@ class Run:
                 samples = self._samples.setdefault(key, [])
                 samples.append(sample)
                 self._put(system, case, store, said(samples, case, system))
-        for case in decodes:
-            assert isinstance(session, Reading)
-            self._decodes(session, case, store)
+        for system, case in decodes:
+            self._decodes(session, system, case, store)
         if self._setup.profiles is not None and isinstance(session, Reading):
             for case in [case for system, case in runs if system == "objectcache"]:
                 # The first prefix again: with three of the longest, others took its place in host memory.
                 say(session.profile(case, 0).wrong or f"{case} is profiled")
+            for _, case in decodes:
+                say(session.profile_decodes(case, [1]) or "decodes are profiled")
 
-    def _decodes(self, session: Reading, case: Case, store: str) -> None:
+    def _decodes(self, session: Session, system: str, case: Case, store: str) -> None:
         rounds: list[dict[str, Any]] = []
         for number in range(self._rounds):
             if self.time_is_up:
@@ -229,7 +232,7 @@ class Run:
                 continue
             rounds.append(found)
             metrics = results.rounded(beside(rounds)) | {"rounds": len(rounds)}
-            self._put("decodes", case, store, {"metrics": metrics})
+            self._put(system, case, store, {"metrics": metrics})
 
     def _put(self, system: str, case: Case, store: str, what: Mapping[str, Any]) -> None:
         self._lines.put(self._about | {"system": system, "case": told(case, store)} | dict(what))

@@ -61,6 +61,8 @@ def planned(
         ]
         if kind is Reading and "decodes" in systems:
             wanted.append(("decodes", longest))
+        if kind is Plain and "decodes" in systems:
+            wanted.append(("decodes-hbm", longest))
         plan[kind, store] = [(s, case) for s, case in wanted if not has(s, case, store)]
     return plan
 

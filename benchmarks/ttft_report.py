@@ -123,19 +123,27 @@ def _saving(lines: list[Line]) -> Iterator[str]:
 
 
 def _decodes(lines: list[Line]) -> Iterator[str]:
-    decodes = [one for one in lines if one["system"] == "decodes" and one["metrics"]]
+    decodes = [
+        one for one in lines if one["system"] in ("decodes", "decodes-hbm") and one["metrics"]
+    ]
     if not decodes:
         return
     yield from title("Steps of 32 decoding sequences while prefixes come, ms")
+    yield "A slow step takes over 1.5 times as long as the median alone."
+    yield ""
     heads = ["alone p50 / p99", "beside p50 / p99", "worse, %", "with those that admit p50 / p99"]
-    yield from table_head("prefix, store", [*heads, "longest that admits", "GB/s"])
+    more = ["longest that admits", "slow steps per prefix", "GB/s"]
+    yield from table_head("prefix, store", [*heads, *more])
     for one in decodes:
         case, m = one["case"], one["metrics"]
         pair = [f"{m[f'{w}_step_p50_ms']:.3g} / {m[f'{w}_step_p99_ms']:.3g}" for w in _STEPS]
         worse = f"{m['p50_worse_percent']:+.1f} / {m['p99_worse_percent']:+.1f}"
         shown = [pair[0], pair[1], worse, pair[2], f"{m['admitting_step_max_ms']:.3g}"]
-        name = f"{case['context_tokens']} x {case['hit_ratio']}, {case['store']}"
-        yield table_row(name, [*shown, f"{m['gb_per_s']:.3g}"])
+        slow = m.get("slow_steps_per_prefix")
+        shown.append("" if slow is None else f"{slow:.2g}")
+        where = "vLLM's own cache" if one["system"] == "decodes-hbm" else case["store"]
+        name = f"{case['context_tokens']} x {case['hit_ratio']}, {where}"
+        yield table_row(name, [*shown, f"{m['gb_per_s']:.3g}" if m["gb_per_s"] else ""])
 
 
 _STEPS = ("alone", "beside", "all")

@@ -11,7 +11,7 @@ import json
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -181,6 +181,18 @@ class Session(ABC):
     def sample(self, system: str, case: Case, number: int) -> Sample:
         """The run with this number of one system in one case."""
 
+    def decodes(self, case: Case, numbers: Sequence[int]) -> tuple[dict[str, Any], str]:
+        """Steps of a batch alone and beside these prefixes; and why that does not count, or ""."""
+        prompts = [
+            {"prompt_token_ids": self.setup.prompts.prefix(case, n) + self.setup.prompts.fresh(16)}
+            for n in numbers
+        ]
+        step = {"do": "decodes", "prompts": prompts, "alone_s": ALONE_S, "limit_s": SAVE_LIMIT_S}
+        found = self.do(step, STEP_LIMIT_S)
+        cached = sum(found["cached_tokens"])
+        right = cached == len(prompts) * case.hit_tokens
+        return found | {"gb_per_s": 0.0}, "" if right else f"only {cached} tokens were cached"
+
     # ---- steps
 
     def do(self, step: Mapping[str, Any], limit_s: float = STEP_LIMIT_S) -> dict[str, Any]:
@@ -231,6 +243,12 @@ class Plain(Session):
     def __init__(self, setup: Setup, place: Place | None = None) -> None:
         super().__init__(setup, place)
         self._primed: set[Case] = set()
+
+    def decodes(self, case: Case, numbers: Sequence[int]) -> tuple[dict[str, Any], str]:
+        """The same with prefixes that lie in its own cache: what such prompts cost others without us."""
+        for number in numbers:
+            self.answer(self.setup.prompts.prefix(case, number))
+        return super().decodes(case, numbers)
 
     def sample(self, system: str, case: Case, number: int) -> Sample:
         if system == "recompute":
@@ -411,22 +429,23 @@ class Reading(Ours):
             return sample.check(read == 0, f"{read:.0f} bytes came from the store")
         return self._came(sample, read, case.hit_tokens)
 
-    def decodes(self, case: Case, numbers: Iterable[int]) -> tuple[dict[str, Any], str]:
-        """Steps of a batch alone and beside these prefixes; and why that does not count, or ""."""
+    def decodes(self, case: Case, numbers: Sequence[int]) -> tuple[dict[str, Any], str]:
+        """The same, and all of it from the store."""
         self.forget()
-        prompts = [
-            {"prompt_token_ids": self.setup.prompts.prefix(case, n) + self.setup.prompts.fresh(16)}
-            for n in numbers
-        ]
-        step = {"do": "decodes", "prompts": prompts, "alone_s": ALONE_S, "limit_s": SAVE_LIMIT_S}
-        found = self.do(step, STEP_LIMIT_S)
-        cached = sum(found["cached_tokens"])
-        sample = Sample(0.0, cached)
-        sample.check(cached == len(prompts) * case.hit_tokens, f"only {cached} tokens were cached")
+        found, wrong = super().decodes(case, numbers)
+        sample = Sample(0.0, 0, wrong=wrong)
         sample.counted = self.answer(self.setup.prompts.fresh(16)).counted
         read = sample.counted.get("read_bytes", 0.0)
-        self._came(sample, read, len(prompts) * case.hit_tokens)
+        self._came(sample, read, len(numbers) * case.hit_tokens)
         return found | {"gb_per_s": read / found["seconds"] / 1e9}, sample.wrong
+
+    def profile_decodes(self, case: Case, numbers: Sequence[int]) -> str:
+        """As `profile`, of steps beside a prefix; why that says nothing, or ""."""
+        assert self.place is not None
+        self.do({"do": "profile", "name": f"decodes-{case.context_tokens}-{self.place.name}"})
+        _, wrong = self.decodes(case, numbers)
+        self.do({"do": "profile"})
+        return wrong
 
     def _ask(self, case: Case, number: int) -> Sample:
         self.forget()

@@ -284,7 +284,9 @@ class Flow:
             return None
         wish = math.ceil(self._base * self._step) if self._step > 1 else int(self._base * LESS)
         wish = max(1, min(wish, self._most))
-        if wish == int(self._base):
+        # Who begins with all wants all: with fewer, the first layer of some chunks comes behind others' last.
+        spared = wish < self._base and self._start >= self._most
+        if wish == int(self._base) or spared:
             self._turn()
             return None
         return float(wish)

@@ -244,6 +244,11 @@ class Loading:
         found = self.timely.staged(tracked.request.num_tokens, end, chunks, now, self._beside)
         return found.ahead
 
+    @property
+    def idle(self) -> bool:
+        """Whether the last step computed nothing, and nobody was admitted since."""
+        return not self._beside
+
     def _is_alone(self) -> bool:
         """Whether, as far as is known, nobody is on the GPU."""
         if self._alone is None:

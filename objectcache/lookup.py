@@ -29,6 +29,7 @@ class Lookup:
         self._timeout_s = timeout_s
         self._results: list[LookupResult] = []
         self._lock = threading.Lock()
+        self._news = threading.Event()
 
     def submit(self, ticket: int, keys: Sequence[str]) -> None:
         """Find out how many leading `keys` exist. From any thread; never blocks."""
@@ -36,12 +37,18 @@ class Lookup:
         self._loop.call(lambda: self._loop.spawn(self._run(ticket, names)))
 
     def poll(self) -> list[LookupResult]:
-        """Results since the last call. From any thread; never blocks."""
+        """Results since the last call. From any thread; does not block."""
         if not self._results:
             return []
         with self._lock:
             results, self._results = self._results, []
+            self._news.clear()
         return results
+
+    def wait(self, timeout_s: float) -> None:
+        """Until there is a result, or that is over. Only for who has nothing better to do: it leaves the
+        GIL to those who bring it."""
+        self._news.wait(timeout_s)
 
     async def _run(self, ticket: int, keys: list[str]) -> None:
         chunks = 0
@@ -58,6 +65,7 @@ class Lookup:
             error = failure
         with self._lock:
             self._results.append(LookupResult(ticket, chunks, error))
+            self._news.set()
 
     async def _exists(self, key: str) -> bool:
         try:

@@ -1,7 +1,7 @@
 """The scheduler half: names prefixes, asks which exist, answers vLLM's scheduler, and says what workers do. No bytes, no waiting.
 
-vLLM calls from one thread and must never be held up: lookups run on a loop of their own and are
-polled. What to answer about one request is decided in admission.py; here its events are gathered.
+vLLM calls from one thread and must not be held up while anything computes: lookups run on a loop of their
+own and are polled. What to answer about one request is decided in admission.py; here its events are gathered.
 """
 
 import time
@@ -39,6 +39,7 @@ from objectcache.unsure import Unsure
 
 CHECK_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 1.0
+IDLE_WAIT_S = 0.005  # for a lookup while nothing is computed: to ask again takes the GIL from it
 LOOK_AGAIN_S = 0.1  # for a request that is to be computed and waits for blocks
 MISSES = ("", "NotFound", "Corrupt")  # the store answered, if not with what was hoped for
 
@@ -103,6 +104,7 @@ class SchedulerHalf:
         self._streams: dict[int, Streaming] = {}
         self._saving = Saves(options.chunk_tokens, block_tokens, shards, self._known)
         self._next_ticket = 0
+        self._idled = False  # in this step
         self._commands = StepCommands()
         self._reporter = Reporter()
         self._store_seen = dict.fromkeys(STORE_COUNTERS, 0)
@@ -161,6 +163,10 @@ class SchedulerHalf:
         admission = tracked.admission
         if admission is None:
             return 0, False
+        if admission.phase is Phase.LOOKUP and not self._idled and self.loading.idle:
+            self._idled = True  # once a step, however many are looked up
+            self._lookup.wait(IDLE_WAIT_S)
+            self._take_lookups()
         tracked.local_tokens = local_tokens
         if admission.may_fetch and not self.loading.begins(tracked, admission, now):
             return None, False
@@ -214,6 +220,7 @@ class SchedulerHalf:
         `block_ids(request_id)` gives all blocks of one."""
         now = time.monotonic()
         self._take_lookups()
+        self._idled = False
         commands, self._commands = self._commands, StepCommands()
         commands.namespace = (self._namespace.name, self._namespace.digest)
         commands.step = self.loading.scheduled(scheduled, now)

@@ -230,7 +230,12 @@ def test_a_burst_of_503_counts_once() -> None:
 
 
 def steady(
-    flow: Flow, now: float, until: float, rate: float = RATE, body_bytes: int = 10_000_000
+    flow: Flow,
+    now: float,
+    until: float,
+    rate: float = RATE,
+    body_bytes: int = 10_000_000,
+    first_byte_s: float = 0.01,
 ) -> float:
     """Bodies from a store without end, all slots in use; sizes and times never vary."""
     seconds = body_bytes / rate
@@ -241,7 +246,7 @@ def steady(
             in_flight += 1
         now += seconds
         for _ in range(in_flight):
-            flow.arrived(now, body_bytes, 0.01, seconds)
+            flow.arrived(now, body_bytes, first_byte_s, seconds)
             flow.ended(now)
         in_flight = 0
     return now
@@ -263,6 +268,22 @@ def test_on_a_full_wire_more_is_kept_if_it_does_no_harm_and_then_left_in_peace()
     settled = limits[20:]
     assert min(settled) >= 0.75 * MOST and settled.count(MOST) > 0.9 * len(settled)
     assert flow.model().wire_bytes_per_s < 1.3 * START * RATE
+
+
+@pytest.mark.parametrize(("most", "tries_fewer"), [(2 * START, False), (4 * START, True)])
+def test_who_begins_with_all_is_not_tried_with_fewer_though_first_bytes_come_sooner_then(
+    most: int, tries_fewer: bool
+) -> None:
+    """They stand in line at a server, and the wire is full either way."""
+    flow, now, limits = Flow(most), 0.0, []
+    for _ in range(300):
+        limits.append(flow.limit(now))
+        line_s = 0.001 * limits[-1]
+        now = steady(flow, now, now + 1e-9, rate=START * RATE / limits[-1], first_byte_s=line_s)
+    settled = limits[50:]
+    assert (min(settled) < most) == tries_fewer
+    flow.throttled(now)
+    assert flow.limit(now) < most, "a server that asks for fewer is heard"
 
 
 def test_after_a_cut_it_has_its_quiet_then_mends_by_small_steps() -> None:

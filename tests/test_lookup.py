@@ -163,3 +163,17 @@ def test_a_short_end_behind_known_chunks_is_not_asked_for() -> None:
     assert asks(16, chunk, 16 * chunk + ASKED_TOKENS + 16)
     assert asks(0, chunk, 16)  # nothing is known: it may all be there
     assert not asks(3, chunk, 4 * chunk) and asks(3, chunk, 4 * chunk + 16)  # three quarters are
+
+
+def test_who_waits_is_woken_by_the_result_and_else_waits_no_longer_than_it_says(rig: Rig) -> None:
+    began = time.monotonic()
+    rig.lookup.wait(0.05)
+    assert 0.05 <= time.monotonic() - began < 1.0
+    rig.fill(3)
+    rig.ask(1, 3)
+    began = time.monotonic()
+    rig.lookup.wait(5.0)
+    assert rig.lookup.poll() == [LookupResult(1, 3, None)] and time.monotonic() < began + 2.0
+    began = time.monotonic()
+    rig.lookup.wait(0.05)
+    assert time.monotonic() - began >= 0.05, "an old result wakes nobody"

@@ -222,6 +222,7 @@ def test_what_saving_and_decoding_cost_is_measured_if_asked_for() -> None:
     plan = planned(["saving", "decodes"], [SHORT, LONG], ["nginx"], never)
     assert plan[Saving, "nginx"] == [("saving", Case(1024, 0.0)), ("saving", Case(2048, 0.0))]
     assert plan[Reading, "nginx"] == [("decodes", LONG)]
+    assert plan[Plain, "none"] == [("decodes-hbm", LONG)]
     assert list(written(plan)) == [LONG]
 
 
