@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-CASE_LIMIT_S = 170
+CASE_LIMIT_S = 300  # kernels may have to be compiled
 LAST_START_S = 30  # before the time is up
 Case = dict[str, Any]
 Judge = Callable[[Case], dict[str, Any]]  # in a process of its own; the verdict says `right`
