@@ -81,9 +81,6 @@ class _Owed:
         return not self.held and not self.lent
 
 
-NICE = 5  # behind the engine, whose thread must run as soon as a step has ended
-
-
 class MoverProcess(Mover):
     """The parent's end. `memory` is the descriptor of HostSlots.
 
@@ -329,7 +326,6 @@ class _State:
 def serve(pipe: int, memory: int) -> None:
     """The whole life of the process; `pipe` and `memory` are descriptors."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when it is over
-    os.nice(NICE)
     orders = Connection(pipe)
     try:
         berth, level = pickle.loads(orders.recv_bytes())

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from objectcache.arrival import Arrivals
 from objectcache.compute import Estimate
 from objectcache.moment import (
-    AHEAD_BYTES_PER_S,
     AHEAD_LAG_S,
     AT_ONCE,
+    BESIDE_BYTES_PER_S,
     JUST_IN_TIME,
     MODES,
     STAGED,
@@ -181,7 +181,7 @@ def test_what_is_on_its_way_is_parked_when_its_copies_can_end_with_its_bytes() -
     total_bytes = 7 << 30
     when = ahead(found, 0.0, 0.0047, total_bytes, beside=32)
     assert when.ahead and when.margin_s == 0.0
-    assert when.at_s == pytest.approx(found.staged_s - total_bytes / AHEAD_BYTES_PER_S)
+    assert when.at_s == pytest.approx(found.staged_s - total_bytes / BESIDE_BYTES_PER_S)
     assert "to be copied while others compute" in when.tell(0.0)
 
 
@@ -202,7 +202,7 @@ def test_seconds_of_each_count_the_same(
     arrivals = [0.0] * layers
     whole = played(0.0, arrivals, layer_s, copy_s)
     others_lose_s = beside * (whole - layers * layer_s)
-    parked = total_bytes / AHEAD_BYTES_PER_S + AHEAD_LAG_S + layers * layer_s
+    parked = total_bytes / BESIDE_BYTES_PER_S + AHEAD_LAG_S + layers * layer_s
     when = ahead(there(layers, layer_s, copy_s), 0.0, copy_s, int(total_bytes), beside)
     if abs(others_lose_s - (parked - whole)) > 1e-6:
         assert when.ahead == (beside > 0 and others_lose_s > parked - whole)

@@ -35,7 +35,7 @@ from objectcache.config import parse
 from objectcache.errors import Unavailable
 from objectcache.messages import LoadCommand, Saved, StageCommand, Staged, StepCommands, Streamed
 from objectcache.mover import Berth, Placed
-from objectcache.mover_process import NICE, MoverProcess
+from objectcache.mover_process import MoverProcess
 from objectcache.movers import most_chunks, split
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
@@ -92,13 +92,6 @@ def test_what_one_process_saves_another_loads(workers: Workers, url: str) -> Non
     assert reader.quiet() and writer.quiet()
     stats = reader.half.stats()
     assert stats is not None and stats.data["read_bytes"] > 0 and stats.data["staged_chunks"] == 2
-
-
-def test_it_runs_behind_the_engine(workers: Workers, url: str) -> None:
-    beside(workers, url)
-    (process,) = processes()
-    ours = os.getpriority(os.PRIO_PROCESS, 0)
-    assert eventually(lambda: os.getpriority(os.PRIO_PROCESS, process) == min(19, ours + NICE))
 
 
 def test_a_prefix_larger_than_the_ring_streams_through_it(workers: Workers, url: str) -> None:
