@@ -97,6 +97,11 @@ def read(path: Path) -> Profile:
     return profile(json.loads(text)["traceEvents"])
 
 
+def name_of(path: Path) -> str:
+    """What the profile was called; vLLM adds a rank and a time."""
+    return path.name.partition("_rank")[0].partition(".pt.")[0]
+
+
 def metrics(one: Profile) -> dict[str, Any]:
     found: dict[str, Any] = {f"{row}_busy_ms": round(one.busy_ms(row), 2) for row in ROWS}
     bus_s = one.busy_ms("bus") / 1e3
@@ -140,7 +145,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, help="a file of results to add to")
     parser.add_argument("--machine", default="", help="its name there")
     args = parser.parse_args()
-    named = [(path.name.partition(".")[0], read(path)) for path in args.profiles]
+    named = [(name_of(path), read(path)) for path in args.profiles]
     for name, one in named:
         line = {"benchmark": "profile", "machine": args.machine or results.machine()}
         line |= {"commit": results.commit(), "system": "objectcache", "case": {"name": name}}
