@@ -3,6 +3,7 @@
 Events and `now` (seconds, one clock) in, a moment out; no I/O.
 """
 
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from objectcache.moment import (
 from objectcache.wire import Wire, slowest
 
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
+WIRE_BYTES_PER_S = 25e9  # of a fast card, until a wire was seen to be full
 STEPS_KEPT = 64
 LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 
@@ -93,7 +95,9 @@ class Timely:
         streams = min(chunks, STREAMS_MAX)
         store = self.store
         if self.wire is not None:
-            store = replace(self.wire.store, wire_bytes_per_s=self.wire.bytes_per_s)
+            full = not math.isinf(self.wire.store.wire_bytes_per_s)
+            most = self.wire.bytes_per_s if full else min(self.wire.bytes_per_s, WIRE_BYTES_PER_S)
+            store = replace(self.wire.store, wire_bytes_per_s=most)
         found = _Job(Coming(layer_bytes, chunks, streams, now, store), chunks)
         found.seen.append((now, 0))
         self._jobs[job] = found

@@ -1,5 +1,7 @@
 """What is learned of steps that were timed, and a request that is alone on the GPU: Timely without an engine. With one: test_timely.py."""
 
+import math
+
 import pytest
 
 from objectcache.compute import ComputeModel, Costs, Work
@@ -103,3 +105,16 @@ def test_a_prefix_is_expected_as_the_wire_was_measured() -> None:
         assert moment is not None
         ahead[wire and wire.store.first_byte_s] = moment.staged_s
     assert ahead[0.001] < 0.05 < ahead[None] < 1.5 < ahead[0.3]
+
+
+@pytest.mark.parametrize(("seen_full", "expected_s"), [(False, 0.7), (True, 0.175)])
+def test_of_a_wire_that_was_never_full_no_more_is_expected_than_a_fast_card_gives(
+    seen_full: bool, expected_s: float
+) -> None:
+    """Few and small bodies tell what a connection gives, not what hundreds do."""
+    wire_bytes_per_s = 100e9 if seen_full else math.inf
+    one = Timely([17_500_000_000 // LAYERS // 224] * LAYERS, 4096)
+    one.heard(0, Wire(StoreModel(1e-6, 2e-6, 1e9, wire_bytes_per_s=wire_bytes_per_s), 224))
+    one.began(1, 224, 0.0)
+    when = one.expected(1, 60_000, 57_344, 0.0)
+    assert when is not None and when.staged_s == pytest.approx(expected_s, rel=0.1)
