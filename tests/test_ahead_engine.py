@@ -62,6 +62,15 @@ def until_over(one: ToyEngine, *names: str, timeout_s: float = 20.0) -> None:
         assert time.monotonic() < end, "it never ends"
 
 
+def parked(one: ToyEngine) -> tuple[str, Any]:
+    """A request whose prefix is being copied."""
+    name = one.add(PROMPT)
+    request = one.scheduler.requests[name]
+    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
+        one.step()
+    return name, request
+
+
 def warm(engine: Engines, ranks: int) -> None:
     if ranks > 1:
         first = engine(ranks=ranks, admission="staged")
@@ -173,10 +182,7 @@ def test_an_abort_while_it_is_copied(
     one = by_a_slow_bus(engine(), kind=Early)
     other = busy(one)
     proxy.fault = get_is(SLOW)
-    name = one.add(PROMPT)
-    request = one.scheduler.requests[name]
-    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
-        one.step()
+    name, _request = parked(one)
     for _ in range(steps):
         one.step()
     one.abort(name)
@@ -211,10 +217,7 @@ def test_a_reset_of_the_cache_while_it_is_copied(
     one: Any = by_a_slow_bus(engine(), kind=Early)
     other = busy(one)
     proxy.fault = get_is(SLOW)
-    name = one.add(PROMPT)
-    request = one.scheduler.requests[name]
-    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
-        one.step()
+    name, request = parked(one)
     one.connector.reset_cache()
     until_over(one, name)
     assert request.status is RequestStatus.FINISHED_ERROR
@@ -228,10 +231,7 @@ def test_blocks_come_back_soon_after_a_reset_however_slow_the_store_is(
     one = by_a_slow_bus(engine(read_timeout_ms=8000), kind=Early)
     other = busy(one)
     proxy.fault = get_is(Fault(bytes_per_s=30_000))
-    name = one.add(PROMPT)
-    request = one.scheduler.requests[name]
-    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
-        one.step()
+    name, _request = parked(one)
     began = time.monotonic()
     one.connector.reset_cache()
     until_over(one, name)
@@ -263,10 +263,7 @@ def test_a_mover_that_hangs_holds_nobody(
     one = by_a_slow_bus(engine(stage_timeout_ms=500), kind=Early)
     other = busy(one, tokens=100_000)
     proxy.fault = get_is(Fault(bytes_per_s=200_000))
-    name = one.add(PROMPT)
-    request = one.scheduler.requests[name]
-    while request.status is not RequestStatus.WAITING_FOR_REMOTE_KVS:
-        one.step()
+    name, request = parked(one)
     half = one.workers[0].connector._worker
     mover = half._mover
     half._mover = Silent(mover)
