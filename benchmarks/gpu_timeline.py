@@ -4,6 +4,8 @@
     python -m benchmarks.gpu_timeline DIR/*.json.gz --out docs/gpu-timeline.svg          one below the other
     python -m benchmarks.gpu_timeline DIR/*.json.gz --lines benchmarks/results/profile-16-core-h100.jsonl
 
+Of a profile of decodes (`ttft --decodes --profile`) its steps are told as well, before and while a prefix is copied.
+
 A request is computed in one pass or more; what the profile has of it ends with its first token. Copies from
 host memory that are smaller than BUS_LEAST_BYTES are vLLM's own, of numbers.
 """
@@ -14,6 +16,8 @@ import argparse
 import gzip
 import itertools
 import json
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 from benchmarks import command, results
 
 BUS_LEAST_BYTES = 64 << 10
+WRITES = "reshape_and_cache"  # the kernel by which a layer writes its new KV
 NEAR_MS = 0.05  # two spans that are nearer than that are drawn as one
 GAPS = 5
 WIDTH_IN, HEIGHT_IN = 9.0, 1.9
@@ -91,10 +96,35 @@ def profile(events: Sequence[dict[str, Any]]) -> Profile:
     return Profile(rows, bus_bytes)
 
 
-def read(path: Path) -> Profile:
+def events_of(path: Path) -> list[dict[str, Any]]:
     told = path.read_bytes()
     text = gzip.decompress(told) if path.suffix == ".gz" else told
-    return profile(json.loads(text)["traceEvents"])
+    found: list[dict[str, Any]] = json.loads(text)["traceEvents"]
+    return found
+
+
+def steps(events: Sequence[dict[str, Any]], layers: int) -> dict[str, Any]:
+    """Of decode steps: medians of the time from one to the next and of the time from a step's first layer to
+    its last, in ms, while nothing crosses the bus and while a prefix is copied; and the longest of these.
+    A layer begins with its write to the pages."""
+    writes = sorted(e["ts"] / 1e3 for e in events if WRITES in e.get("name", "") and e.get("dur"))
+    copies = [(e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3) for e in events if row_of(e) == "bus"]
+    begin = min((first for first, _ in copies), default=math.inf)
+    end = max((last for _, last in copies), default=-math.inf)
+    firsts, lasts = writes[::layers], writes[layers - 1 :: layers]
+    spent: dict[str, list[tuple[float, float]]] = {"before": [], "copying": []}
+    for (first, after), last in zip(itertools.pairwise(firsts), lasts, strict=False):
+        where = "before" if after < begin else "copying" if begin <= first < end else ""
+        if where:
+            spent[where].append((after - first, last - first))
+    found: dict[str, Any] = {}
+    for where, some in spent.items():
+        if some:
+            found[f"{where}_steps"] = len(some)
+            found[f"{where}_step_p50_ms"] = round(statistics.median(all_ for all_, _ in some), 2)
+            found[f"{where}_layers_p50_ms"] = round(statistics.median(one for _, one in some), 2)
+            found[f"{where}_step_max_ms"] = round(max(all_ for all_, _ in some), 2)
+    return found
 
 
 def name_of(path: Path) -> str:
@@ -143,13 +173,16 @@ def main() -> None:
     parser.add_argument("profiles", type=Path, nargs="+", help="files that the profiler left")
     parser.add_argument("--out", type=Path, help="a picture, SVG")
     parser.add_argument("--lines", type=Path, help="a file of results to add to")
+    parser.add_argument("--layers", type=int, default=32, help="of the model")
     parser.add_argument("--machine", default="", help="its name there")
     args = parser.parse_args()
-    named = [(name_of(path), read(path)) for path in args.profiles]
-    for name, one in named:
+    events = [events_of(path) for path in args.profiles]
+    named = [(name_of(path), profile(of)) for path, of in zip(args.profiles, events, strict=True)]
+    for (name, one), of in zip(named, events, strict=True):
         line = {"benchmark": "profile", "machine": args.machine or results.machine()}
         line |= {"commit": results.commit(), "system": "objectcache", "case": {"name": name}}
-        line |= {"metrics": metrics(one)}
+        decodes = steps(of, args.layers) if name.startswith("decodes") else {}
+        line |= {"metrics": metrics(one) | decodes}
         print(json.dumps(line))
         if args.lines is not None:
             results.Lines(args.lines).put(line)

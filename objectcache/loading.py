@@ -284,12 +284,12 @@ class Loading:
             return
         landing.ranks -= 1
         landing.lost = landing.lost or lost
+        if lost:
+            self.doubt(landing.hashes, now)
         if landing.ranks:
             return
         del self._landing[job]
-        if landing.lost:
-            self.doubt(landing.hashes, now)
-        elif self.choosing is not None and landing.choice is not None:
+        if self.choosing is not None and landing.choice is not None and not landing.lost:
             self.choosing.ended(landing.choice, now - landing.began_s, now)
 
     def doubt(self, hashes: Sequence[bytes], now: float) -> None:
@@ -376,6 +376,9 @@ class Loading:
         """What workers saw of steps, of prefixes on their way and of the wire."""
         if self.timely is None:
             return
+        for job in report.lost:  # at once: who comes next may come before other ranks have ended
+            if job in self._landing:
+                self.doubt(self._landing[job].hashes, now)
         for landed in report.landed:
             self._landed(landed.job, landed.lost, now)
         waits: dict[int, bool] = {}  # a step that waited on one rank held up all

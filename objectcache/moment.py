@@ -23,7 +23,7 @@ MODES = (STAGED, JUST_IN_TIME, AT_ONCE)  # from patient to impatient
 EARLY_STALL_S = 0.05  # of a request that is admitted before it is time
 BUS_BYTES_PER_S = 40e9  # host to GPU in a step, with all that goes with it
 # Of it, what is begun beside steps. Each call takes host time of one: at 25e9 the median step of 32 sequences
-# was 8.6 ms in place of 7.3 (of which the GPU's own work was 0.3 more), with 12 and 14 ms among them.
+# was 8.5 ms in place of 7.1, of which the GPU's own work was 0.4 more, and the longest 14.
 BESIDE_BYTES_PER_S = 16e9
 AHEAD_LAG_S = 0.03  # a few steps: until its end is noticed, and the request is in one
 

@@ -443,9 +443,10 @@ class SchedulerHalf:
         tracked, tokens = streaming.tracked, streaming.tokens
         first = tokens.start // self._options.chunk_tokens
         if streaming.stopped:
-            if error:  # vLLM has ended the request because of it
-                self._judge(tracked, error, streaming.chunk_hashes, chunks, first, now)
-                self.loading.doubt(streaming.chunk_hashes[chunks:], now)
+            for came, why in streaming.reports:
+                if why:  # vLLM has ended the request because of it, and other ranks were stopped
+                    self._judge(tracked, why, streaming.chunk_hashes, came, first, now)
+                    self.loading.doubt(streaming.chunk_hashes[came:], now)
             return
         assert tracked.admission is not None
         self._judge(tracked, error, streaming.chunk_hashes, chunks, first, now)

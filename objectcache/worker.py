@@ -97,7 +97,7 @@ class WorkerHalf:
         apart = max(1, len(loads) // STREAM_SHARE) if streams else 0
         self._namespace: tuple[str, bytes] = ("", b"")
         self._commands = StepCommands()
-        self._staged: dict[int, list[int]] = {}  # job -> slots, reported and not yet released
+        self._staged: dict[int, StageResult] = {}  # by job, reported and not yet released
         self._loading: set[int] = set()  # jobs whose slots are being copied to pages
         self._given_up: set[int] = set()  # jobs released before they reported
         # save -> the namespace's name (it may change meanwhile), hash, slot
@@ -224,7 +224,7 @@ class WorkerHalf:
             self._counters.add("staged_chunks", request.result.came)
             if error is not None:
                 self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
-            name = type(error).__name__ if error is not None and not request.stopped else ""
+            name = "" if request.stopped else _name_of(error)
             self._reports.streamed.append(Streamed(request.result.job, request.chunks, name))
             self._failed_blocks.update(request.failed_blocks)
         landed = self._ahead.over() if not self._closed else []
@@ -268,7 +268,8 @@ class WorkerHalf:
         """How far the jobs are that wait for nothing but bytes, here or on another rank."""
         layers, found = len(self._pages), []
         for job, slots in self._placed.items():
-            staged = self._staged.get(job, slots)
+            ended = self._staged.get(job)
+            staged = ended.slots if ended is not None else slots
             if len(staged) == len(slots) and job not in self._loading:
                 progress = self._slots.progress[slots]
                 ready = int(progress.min(initial=layers))
@@ -319,8 +320,7 @@ class WorkerHalf:
 
     def _release(self, job: int) -> None:
         self._placed.pop(job, None)
-        slots = self._staged.pop(job, None)
-        if slots is None:
+        if self._staged.pop(job, None) is None:
             self._given_up.add(job)
             self._mover.cancel(job)
             return
@@ -329,12 +329,12 @@ class WorkerHalf:
     def _begin_ahead(self, load: LoadCommand) -> None:
         """Copy a job's blocks beside the steps, while its request is parked."""
         placed, staged = self._placed.pop(load.job, None), self._staged.pop(load.job, None)
-        slots = placed if load.coming else staged
+        slots = placed if load.coming or staged is None else staged.slots
         assert slots is not None, "a job is loaded that is not there"
         skipped, chunks = self._chunks_of(load)
         self._ahead.begin(load.job, load.request_id, lying_at(slots[skipped:], chunks), skipped)
         if staged is not None:
-            self._ahead.ended(load.job, len(staged), "")
+            self._ahead.ended(load.job, len(staged.slots), _name_of(staged.error))
 
     def _chunks_of(self, load: LoadCommand) -> tuple[int, list[tuple[int, list[int]]]]:
         """Chunks of the job that are left out, and blocks of the others."""
@@ -352,9 +352,9 @@ class WorkerHalf:
             used = np.array(slots[skipped : skipped + len(chunks)], np.int64)
             self._late.begin(LateLoad(load.job, used, blocks, skipped))
             if staged is not None:
-                self._late.ended(load.job, len(staged))
+                self._late.ended(load.job, len(staged.slots))
         else:
-            slots = self._staged.pop(load.job)
+            slots = self._staged.pop(load.job).slots
             self._placed.pop(load.job, None)
         self._loading.add(load.job)
         return lying_at(slots[skipped:], chunks)
@@ -418,7 +418,7 @@ class WorkerHalf:
         self._counters.add("staged_chunks", len(result.slots))
         if error is not None:
             self._counters.add(_READ_COUNTER.get(type(error), "failed_reads"))
-        name = type(error).__name__ if error else ""
+        name = _name_of(error)
         if self._late.ended(result.job, len(result.slots)):
             return
         if self._ahead.ended(result.job, len(result.slots), name):
@@ -428,13 +428,17 @@ class WorkerHalf:
             self._given_up.discard(result.job)
             self._mover.release(result.job)
             return
-        self._staged[result.job] = result.slots
+        self._staged[result.job] = result
         self._reports.staged.append(Staged(result.job, len(result.slots), name))
 
     def _note(self, error: ObjectCacheError | None) -> None:
         """What a user should hear of a read that failed."""
         if error is not None and not isinstance(error, NotFound):
             self._reporter.warn("read chunks", error)
+
+
+def _name_of(error: ObjectCacheError | None) -> str:
+    return type(error).__name__ if error is not None else ""
 
 
 _READ_COUNTER: dict[type, str] = {NotFound: "missing_chunks", Corrupt: "corrupt_chunks"}

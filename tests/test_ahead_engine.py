@@ -275,12 +275,14 @@ def test_a_mover_that_hangs_holds_nobody(
     one.abort(other)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("ahead", [True, False])
 def test_a_spoilt_object_fails_one_request_and_is_replaced_by_the_next(
-    engine: Engines, proxy: FaultProxy, want: list[list[int]], ahead: bool
+    engine: Engines, proxy: FaultProxy, want: list[list[int]], ahead: bool, ranks: int
 ) -> None:
     """Who meets it early fails; who comes after that waits until all is there, and computes what is wrong."""
-    one = engine()
+    warm(engine, ranks)
+    one = engine(ranks=ranks)
     if ahead:
         by_a_slow_bus(one, kind=Early)
     other = busy(one)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_timeline import joined, metrics, profile, row_of
+from benchmarks.gpu_timeline import joined, metrics, profile, row_of, steps
 
 
 def event(kind: str, name: str, at_us: float, took_us: float, size: int = 0) -> dict[str, Any]:
@@ -65,3 +65,17 @@ def test_the_command_draws_and_adds_lines(tmp_path: Path) -> None:
     assert line["case"] == {"name": "a"} and line["metrics"]["computes_busy_ms"] == 0.7
     if "--out" in command:
         assert picture.read_text().count("<path") > 3
+
+
+def test_steps_beside_copies_are_told_apart_from_those_before() -> None:
+    """Two layers: steps of 7 ms, then of 9 in which the layers lie 4 ms apart."""
+    begins = [0, 7, 14, 21, 30, 39, 48]
+    writes = [(at, at + (3 if at < 21 else 4)) for at in begins]
+    events = [event("kernel", "reshape_and_cache_x", 1e3 * ms, 10) for two in writes for ms in two]
+    events.append(event("gpu_memcpy", "Memcpy HtoD (Pinned -> Device)", 20_500, 20_000, 50 << 20))
+    assert steps(events, layers=2) == {
+        **{"before_steps": 2, "before_step_p50_ms": 7.0, "before_layers_p50_ms": 3.0},
+        **{"before_step_max_ms": 7.0, "copying_steps": 3, "copying_step_p50_ms": 9.0},
+        **{"copying_layers_p50_ms": 4.0, "copying_step_max_ms": 9.0},
+    }
+    assert steps([], layers=2) == {}

@@ -153,7 +153,9 @@ def test_abort_at_any_moment_of_a_stream(engine: Engines, steps: int) -> None:
     assert doomed not in second.scheduler.requests
     assert second.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 255
     assert second.generate(LONG) == want
-    assert second.cached["r2"] == LONG_CHUNKS * CHUNK or steps >= 20
+    # Of one that came to compute before it was aborted vLLM has more itself.
+    computed = doomed in second.cached
+    assert (second.cached["r2"] == LONG_CHUNKS * CHUNK) != computed
 
 
 def test_a_preempted_request_streams_again(engine: Engines) -> None:

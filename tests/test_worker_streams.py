@@ -21,7 +21,7 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 )
 
 from objectcache.device import CpuCopies
-from objectcache.messages import Saved, StepCommands, Streamed
+from objectcache.messages import LoadCommand, Saved, Staged, StepCommands, Streamed
 from objectcache.worker import WorkerHalf
 
 ALL = 12  # chunks, of two blocks each: all blocks; six load slots, one of them for streams alone
@@ -187,3 +187,26 @@ def test_shutdown_while_a_prefix_streams(workers: Workers, url: str, steps: int)
     assert reader.half.leased_slots == 0
     reader.half.end_forward()  # harmless
     assert reader.half.unparked() == set() and reader.half.failed_blocks() == set()
+
+
+@pytest.mark.parametrize("kind", ["missing", "corrupt"])
+def test_a_load_of_a_parked_request_that_had_ended_short_before_it_began_says_why(
+    workers: Workers, tmp_path: Path, kind: str
+) -> None:
+    """The scheduler may admit it before it hears of that: who comes next must know which chunk to doubt."""
+    url = f"file://{tmp_path}"
+    filled(workers, url, 2)
+    path = object_path(tmp_path, 2)
+    good = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    if kind == "missing":
+        path.unlink()
+    reader = workers(url)
+    reader.step(stages=[stage(1, 1, 2)])
+    error = {"missing": "NotFound", "corrupt": "Corrupt"}[kind]
+    assert reader.staged(1) == Staged(1, 1, error)
+    reader.step(loads=[LoadCommand(1, 0, [0, 1, 2, 3], coming=True, request_id="request-1")])
+    assert reader.streamed(1) == Streamed(1, 1, error)
+    assert reader.unparked == ["request-1"] and reader.failed_blocks == {0, 1, 2, 3}
+    assert reader.quiet() and reader.forgot_all()
