@@ -435,47 +435,43 @@ class SchedulerHalf:
     def _staged(self, job: int, chunks: int, error: str, now: float) -> None:
         tracked = self._jobs[job]
         assert tracked.admission is not None
-        self._judge(tracked, error, tracked.job_hashes, chunks, tracked.job_first, now)
+        missing = tracked.job_hashes[chunks:]
+        self._judge(tracked, error, missing, tracked.job_first + chunks, now)
         self.loading.staged(tracked, chunks, now)
         tracked.admission.staged(chunks)
 
     def _streamed(self, streaming: Streaming, chunks: int, error: str, now: float) -> None:
         tracked, tokens = streaming.tracked, streaming.tokens
-        first = tokens.start // self._options.chunk_tokens
+        chunk_tokens = self._options.chunk_tokens
+        first = tokens.start // chunk_tokens
         if streaming.stopped:
-            for came, why in streaming.reports:
-                if why:  # vLLM has ended the request because of it, and other ranks were stopped
-                    self._judge(tracked, why, streaming.chunk_hashes, came, first, now)
-                    self.loading.doubt(streaming.chunk_hashes[came:], now)
+            # One with an error is why vLLM has ended the request; then other ranks were stopped.
+            for came, why in [one for one in streaming.reports if one[1]]:
+                self._judge(tracked, why, streaming.chunk_hashes[came:], first + came, now)
+                self.loading.doubt(streaming.chunk_hashes[came:], now)
             return
         assert tracked.admission is not None
-        self._judge(tracked, error, streaming.chunk_hashes, chunks, first, now)
+        self._judge(tracked, error, streaming.chunk_hashes[chunks:], first + chunks, now)
         tracked.admission.ended()
-        came = min((first + chunks) * self._options.chunk_tokens, tokens.stop)
-        self._counters.add("hit_tokens", max(0, came - tokens.start))
+        came = min((first + chunks) * chunk_tokens, tokens.stop) - tokens.start
+        self._counters.add("hit_tokens", max(0, came))
         if chunks < len(streaming.chunk_hashes):
             tracked.may_load = False  # it would meet the same object again, and again
         self._forget_job(tracked)
 
     def _judge(
-        self,
-        tracked: Tracked,
-        error: str,
-        hashes: Sequence[bytes],
-        came: int,
-        first: int,
-        now: float,
+        self, tracked: Tracked, error: str, missing: Sequence[bytes], failed: int, now: float
     ) -> None:
-        """What the end of a job says about the store, and about those of its chunks that did not come. Its
-        first chunk is chunk `first` of the prefix."""
+        """What the end of a job says about the store, and about those of its chunks that did not come: the
+        first of them is chunk `failed` of the prefix."""
         if error in MISSES:
             self._breaker.succeeded()
         else:
             self._breaker.failed(now)
         if error in ("NotFound", "Corrupt"):
-            for chunk_hash in hashes[came:]:
+            for chunk_hash in missing:
                 self._known.discard(chunk_hash)
-            tracked.save_from = min(tracked.save_from, first + came)
+            tracked.save_from = min(tracked.save_from, failed)
 
     def _release(self, tracked: Tracked) -> None:
         """The job's chunks are not wanted any more."""

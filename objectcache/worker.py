@@ -268,9 +268,8 @@ class WorkerHalf:
         """How far the jobs are that wait for nothing but bytes, here or on another rank."""
         layers, found = len(self._pages), []
         for job, slots in self._placed.items():
-            ended = self._staged.get(job)
-            staged = ended.slots if ended is not None else slots
-            if len(staged) == len(slots) and job not in self._loading:
+            short = job in self._staged and len(self._staged[job].slots) < len(slots)
+            if not short and job not in self._loading:
                 progress = self._slots.progress[slots]
                 ready = int(progress.min(initial=layers))
                 found.append(Coming(job, len(slots), ready, int(progress.sum(dtype=int))))
@@ -329,7 +328,7 @@ class WorkerHalf:
     def _begin_ahead(self, load: LoadCommand) -> None:
         """Copy a job's blocks beside the steps, while its request is parked."""
         placed, staged = self._placed.pop(load.job, None), self._staged.pop(load.job, None)
-        slots = placed if load.coming or staged is None else staged.slots
+        slots = placed if load.coming else staged.slots if staged is not None else None
         assert slots is not None, "a job is loaded that is not there"
         skipped, chunks = self._chunks_of(load)
         self._ahead.begin(load.job, load.request_id, lying_at(slots[skipped:], chunks), skipped)
