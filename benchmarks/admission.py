@@ -69,7 +69,7 @@ from benchmarks.command import say
 from benchmarks.live_engine import EngineGone, Processes
 from benchmarks.raw_reads import rate_bytes_per_s
 from benchmarks.s3_like import BYTES_PER_S, FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like
-from benchmarks.servers import ServerError
+from benchmarks.servers import ServerError, apart, cores
 from benchmarks.ttft_stores import BUCKET, room_bytes, s3_like_place
 from benchmarks.ttft_systems import CHUNK_TOKENS, Case, Saving, Setup, make_setup, ring_bytes
 
@@ -165,7 +165,7 @@ def measure(args: argparse.Namespace) -> int:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="admission-", dir=args.folder))
         )
         folder.chmod(0o755)
-        workers = max(2, len(os.sched_getaffinity(0)) // 2)
+        workers = max(2, len(cores()) // 2)
         place, server = stack.enter_context(s3_like_place(folder, workers, law))
         rates = _calibrate(server, folder, {scene.wire_gbps for _, scene, _ in wanted}, args.smoke)
         setup = make_setup(args.smoke, args.engine, OPTIONS | args.options, folder, cases)
@@ -289,7 +289,7 @@ def _systems(text: str) -> list[str]:
 def _environment(args: argparse.Namespace, setup: Setup, cases: Sequence[Case]) -> dict[str, Any]:
     """What a reader of the results must know of the machine, the engine and the list."""
     metrics = {
-        "cores": len(os.sched_getaffinity(0)),
+        **{"cores": len(os.sched_getaffinity(0)), **apart()},
         "kv_bytes_per_token": setup.token_bytes,
         "ring_bytes": setup.options["ring_bytes"],
         "answer_tokens": SMOKE_TOKENS if args.smoke else TOKENS,

@@ -1,4 +1,4 @@
-"""A batch of sequences that decode, how long each of its steps takes, and what prefixes that come beside cost it. What is done with that: steps.py, ttft.py."""
+"""A batch of sequences that decode, how long each of its steps takes, and what prompts that come beside cost it. What is done with that: steps.py, ttft.py."""
 
 from __future__ import annotations
 
@@ -55,12 +55,17 @@ class Decodes:
 
 
 def beside(
-    engine: Any, prompts: Sequence[Mapping[str, Any]], alone_s: float, limit_s: float
+    engine: Any,
+    prompts: Sequence[Mapping[str, Any]],
+    alone_s: float,
+    limit_s: float,
+    after_s: float = 0.0,
 ) -> dict[str, Any]:
     """Steps of one batch, in ms: alone, then while these prompts come one after the other.
 
     A step that gave a prompt its first token computed it as well: those stand apart, in
-    `admitting_ms`. `cached_tokens` is what of each prompt was not computed.
+    `admitting_ms`. `cached_tokens` is what of each prompt was not computed. `after_ms` are steps in the
+    `after_s` behind each prompt: what it computed is written meanwhile, where that is written.
     """
     from vllm import SamplingParams
 
@@ -68,7 +73,7 @@ def beside(
     names = decodes.begin()
     found: dict[str, Any] = {
         **{"alone_ms": decodes.step_times_ms(alone_s), "beside_ms": [], "admitting_ms": []},
-        **{"cached_tokens": [], "seconds": 0.0},
+        **{"after_ms": [], "cached_tokens": [], "seconds": 0.0},
     }
     began = time.perf_counter()
     for number, prompt in enumerate(prompts):
@@ -86,24 +91,32 @@ def beside(
             if now - began > limit_s:
                 decodes.engine.abort_request([internal], internal=True)
                 break
+        found["after_ms"] += decodes.step_times_ms(after_s)
     found["seconds"] = time.perf_counter() - began
     decodes.end(names)
     return found
 
 
+_SAID = (
+    *(("alone", "alone_ms"), ("beside", "beside_ms")),
+    *(("all", "all_ms"), ("after", "after_ms")),
+)
+
+
 def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Percentiles of the steps of all rounds, in ms, and by how much those beside are worse."""
     steps = {
-        name: np.concatenate([np.asarray(one[name], dtype=float) for one in rounds])
-        for name in ("alone_ms", "beside_ms", "admitting_ms")
+        name: np.concatenate([np.asarray(one.get(name, ()), dtype=float) for one in rounds])
+        for name in ("alone_ms", "beside_ms", "admitting_ms", "after_ms")
     }
     # All steps are what a user sees; those without the ones that compute are what bytes cost.
     steps["all_ms"] = np.concatenate([steps["beside_ms"], steps["admitting_ms"]])
     found: dict[str, float] = {}
-    for name, of in (("alone", "alone_ms"), ("beside", "beside_ms"), ("all", "all_ms")):
+    for name, of in _SAID:
         if len(steps[of]):
             p50, p99 = np.percentile(steps[of], (50, 99))
             found |= {f"{name}_step_p50_ms": float(p50), f"{name}_step_p99_ms": float(p99)}
+            found[f"{name}_step_mean_ms"] = float(steps[of].mean())
     for quantile in ("p50", "p99"):
         if len(steps["beside_ms"]):
             ratio = found[f"beside_step_{quantile}_ms"] / found[f"alone_step_{quantile}_ms"]
@@ -113,4 +126,6 @@ def summary(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         found["slow_steps_per_prefix"] = float(slow.sum() / max(1, len(steps["admitting_ms"])))
     if len(steps["admitting_ms"]):
         found["admitting_step_max_ms"] = float(steps["admitting_ms"].max())
+    if len(steps["after_ms"]):
+        found["after_step_max_ms"] = float(steps["after_ms"].max())
     return found | {"steps": len(steps["beside_ms"]), "prefixes": len(steps["admitting_ms"])}

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.chunks import Chunks
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
 from benchmarks.s3_like import S3Like
-from benchmarks.servers import SeaweedFS, Server, die_with_parent
+from benchmarks.servers import SeaweedFS, Server, cores, die_with_parent
 
 BUCKET = "transport"
 MIB = 1 << 20
@@ -76,7 +76,7 @@ class Lab:
         if self._destination:
             with self.memory.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self.scale.slots * self.chunks.object_bytes)
-        half = max(1, self.scale.cores // 2)
+        half = max(1, len(cores()) // 2)
         objects = self.folder / "objects"
         if self.wanted & {"nginx", "tls"}:
             absent = nginx_absent()
@@ -142,23 +142,23 @@ class Lab:
     @contextmanager
     def off_first_core(self, server: str, really: bool) -> Iterator[None]:
         """Meanwhile the server leaves the first core to a busy main thread."""
-        cores = sorted(os.sched_getaffinity(0))
+        all_, first = cores(), min(os.sched_getaffinity(0))
         found = self.servers[server]
-        if not really or len(cores) < 2 or not isinstance(found, (Nginx, S3Like)):
+        if not really or not all_ - {first} or not isinstance(found, (Nginx, S3Like)):
             yield
             return
         try:
-            _bind(found.pid, set(cores[1:]))
+            _bind(found.pid, all_ - {first})
             yield
         finally:
-            _bind(found.pid, set(cores))
+            _bind(found.pid, all_)
 
 
-def _bind(pid: int, cores: set[int]) -> None:
+def _bind(pid: int, allowed: set[int]) -> None:
     """A process of one thread and those that it started."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for one in (pid, *map(int, children)):
-        os.sched_setaffinity(one, cores)
+        os.sched_setaffinity(one, allowed)
 
 
 class ReaderProcess:

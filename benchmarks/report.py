@@ -33,9 +33,11 @@ def environment(lines: Iterable[Line]) -> Line | None:
 
 
 def measured(lines: Iterable[Line], facts: Line) -> str:
-    """The commits and the versions."""
+    """The commits and the versions, and where the stores ran if that was apart."""
+    theirs = facts["metrics"].get("server_cores")
+    where = f"The stores have {theirs} other cores of the same host. " if theirs else ""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
-    return f"Commit {', '.join(sorted({one['commit'] for one in lines}))}. {versions}."
+    return f"{where}Commit {', '.join(sorted({one['commit'] for one in lines}))}. {versions}."
 
 
 def skipped(lines: Iterable[Line]) -> Iterator[str]:

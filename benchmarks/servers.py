@@ -3,6 +3,9 @@
     with seaweedfs(Path("data"), "bucket") as server:
         run(server.endpoint_url, env=os.environ | server.env)
 
+With OBJECTCACHE_SERVER_CORES=48-63 they run on these cores alone, so that a benchmark that is kept to others
+(`taskset -c 0-15 ...`) does not share its own with a store, which elsewhere is another machine.
+
 Everything listens on 127.0.0.1 only. `stop()` and `start()` bring a server down and up again on its
 port with its data. Processes die with this one, whatever happens to it. Only the standard library
 is imported until a server starts.
@@ -334,7 +337,7 @@ class Process:
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=_prepare,
             )
         atexit.register(self._kill)
 
@@ -366,6 +369,33 @@ class Process:
     def _signal(self, how: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, how)
+
+
+def cores() -> set[int]:
+    """On which servers run: those of OBJECTCACHE_SERVER_CORES (`16-19,24`), or this process's own."""
+    told = os.environ.get("OBJECTCACHE_SERVER_CORES", "")
+    return cores_of(told) if told else os.sched_getaffinity(0)
+
+
+def cores_of(told: str) -> set[int]:
+    """`16-19,24` as numbers."""
+    found: set[int] = set()
+    for part in told.split(","):
+        first, _, last = part.partition("-")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
+
+
+def apart() -> dict[str, int]:
+    """For the facts of a run: how many cores servers have that nobody else has, if they have some."""
+    theirs = cores()
+    return {} if theirs & os.sched_getaffinity(0) else {"server_cores": len(theirs)}
+
+
+def _prepare() -> None:
+    """In the child."""
+    die_with_parent()
+    os.sched_setaffinity(0, cores())
 
 
 def die_with_parent(how: signal.Signals = signal.SIGKILL) -> None:

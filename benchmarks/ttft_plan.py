@@ -50,6 +50,7 @@ def planned(
     order += [(S3Tier, store) for store in stores]
     cold = [Case(context, 0.0) for context in dict.fromkeys(c.context_tokens for c in cases)]
     longest = max(cases, key=lambda case: case.hit_tokens)
+    middle = sorted(cold, key=lambda case: case.context_tokens)[len(cold) // 2]
     plan: Plan = {}
     for kind, store in order:
         mine = [system for system in kind.systems if system in systems]
@@ -62,7 +63,9 @@ def planned(
         if kind is Reading and "decodes" in systems:
             wanted.append(("decodes", longest))
         if kind is Plain and "decodes" in systems:
-            wanted.append(("decodes-hbm", longest))
+            wanted += [("decodes-hbm", longest), ("decodes-cold", middle)]
+        if kind is Saving and "decodes" in systems:
+            wanted.append(("decodes-saving", middle))
         plan[kind, store] = [(s, case) for s, case in wanted if not has(s, case, store)]
     return plan
 

@@ -59,6 +59,7 @@ def _machine(lines: list[Line]) -> Iterator[str]:
     yield from _against(lines)
     yield from _saving(lines)
     yield from _decodes(lines)
+    yield from _saves_beside(lines)
     yield from skipped(lines)
 
 
@@ -123,9 +124,8 @@ def _saving(lines: list[Line]) -> Iterator[str]:
 
 
 def _decodes(lines: list[Line]) -> Iterator[str]:
-    decodes = [
-        one for one in lines if one["system"] in ("decodes", "decodes-hbm") and one["metrics"]
-    ]
+    kinds = ("decodes", "decodes-hbm")
+    decodes = [one for one in lines if one["system"] in kinds and one["metrics"]]
     if not decodes:
         return
     yield from title("Steps of 32 decoding sequences while prefixes come, ms")
@@ -144,6 +144,34 @@ def _decodes(lines: list[Line]) -> Iterator[str]:
         where = "vLLM's own cache" if one["system"] == "decodes-hbm" else case["store"]
         name = f"{case['context_tokens']} x {case['hit_ratio']}, {where}"
         yield table_row(name, [*shown, f"{m['gb_per_s']:.3g}" if m["gb_per_s"] else ""])
+
+
+def _saves_beside(lines: list[Line]) -> Iterator[str]:
+    kinds = ("decodes-saving", "decodes-cold")
+    found = [one for one in lines if one["system"] in kinds and one["metrics"]]
+    if not found:
+        return
+    yield from title("Steps of 32 decoding sequences beside cold prompts, ms")
+    yield "Behind: in the second after each prompt, while what it computed is written, if it is."
+    yield ""
+    heads = [
+        "alone p50 / p99",
+        "that compute a prompt, mean",
+        "behind p50 / p99",
+        "mean",
+        "longest",
+    ]
+    yield from table_head("prompt, saved to", [*heads, "worse than alone, %", "GB/s"])
+    for one in found:
+        case, m = one["case"], one["metrics"]
+        alone, after = ([m[f"{w}_step_{q}_ms"] for q in ("p50", "p99")] for w in ("alone", "after"))
+        worse = " / ".join(f"{100 * (b / a - 1):+.1f}" for a, b in zip(alone, after, strict=True))
+        shown = [f"{alone[0]:.3g} / {alone[1]:.3g}", f"{m['all_step_mean_ms']:.4g}"]
+        shown += [f"{after[0]:.3g} / {after[1]:.3g}", f"{m['after_step_mean_ms']:.3g}"]
+        shown += [f"{m['after_step_max_ms']:.3g}", worse]
+        where = "nowhere, no connector" if case["store"] == "none" else case["store"]
+        rate = f"{m['gb_per_s']:.3g}" if m["gb_per_s"] else ""
+        yield table_row(f"{case['context_tokens']}, {where}", [*shown, rate])
 
 
 _STEPS = ("alone", "beside", "all")

@@ -6,7 +6,6 @@ of which is removed in the end.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ from typing import Any
 
 from benchmarks.nginx import Nginx, nginx_absent
 from benchmarks.s3_like import S3Like
-from benchmarks.servers import REGION, SeaweedFS, Server, binary
+from benchmarks.servers import REGION, SeaweedFS, Server, binary, cores
 
 BUCKET = "ttft"
 LOCAL = ("nginx", "seaweedfs")
@@ -175,7 +174,7 @@ def local_place(name: str, folder: Path) -> Iterator[Place]:
     if name == "nginx":
         objects = folder / "objects" / BUCKET
         objects.mkdir(parents=True)
-        workers = max(1, len(os.sched_getaffinity(0)) // 2)
+        workers = max(1, len(cores()) // 2)
         with Nginx(folder / name, BUCKET, objects.parent, workers, writable=True) as server:
             yield Files(objects, name, BUCKET, "kv", _client_of(server), **_known(server))
     else:

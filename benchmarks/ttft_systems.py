@@ -27,6 +27,7 @@ IO_THREADS = 32  # of vLLM's S3 tier
 WARM_UP_TOKENS = 20_000
 STEP_LIMIT_S, SAVE_LIMIT_S = 120.0, 60.0
 ALONE_S = 1.5  # of decode steps with nothing beside
+AFTER_S = 1.0  # behind a prompt that is saved
 _RING_SHARE = 1.6  # of the ring 3/4 serve loads, 7/8 of these stages
 _TRIES = 20
 
@@ -183,15 +184,24 @@ class Session(ABC):
 
     def decodes(self, case: Case, numbers: Sequence[int]) -> tuple[dict[str, Any], str]:
         """Steps of a batch alone and beside these prefixes; and why that does not count, or ""."""
-        prompts = [
-            {"prompt_token_ids": self.setup.prompts.prefix(case, n) + self.setup.prompts.fresh(16)}
-            for n in numbers
-        ]
-        step = {"do": "decodes", "prompts": prompts, "alone_s": ALONE_S, "limit_s": SAVE_LIMIT_S}
-        found = self.do(step, STEP_LIMIT_S)
+        prefixes = [self.setup.prompts.prefix(case, number) for number in numbers]
+        prompts = [prefix + self.setup.prompts.fresh(16) for prefix in prefixes]
+        return self._beside(prompts, len(prompts) * case.hit_tokens)
+
+    def decodes_cold(self, case: Case, count: int) -> tuple[dict[str, Any], str]:
+        """The same beside so many prompts of which nothing is cached, and for a while behind each."""
+        prompts = [self.setup.prompts.fresh(case.context_tokens) for _ in range(count)]
+        return self._beside(prompts, 0, AFTER_S)
+
+    def _beside(
+        self, prompts: Sequence[list[int]], cached_tokens: int, after_s: float = 0.0
+    ) -> tuple[dict[str, Any], str]:
+        each = [{"prompt_token_ids": prompt} for prompt in prompts]
+        times = {"alone_s": ALONE_S, "after_s": after_s, "limit_s": SAVE_LIMIT_S}
+        found = self.do({"do": "decodes", "prompts": each} | times, STEP_LIMIT_S)
         cached = sum(found["cached_tokens"])
-        right = cached == len(prompts) * case.hit_tokens
-        return found | {"gb_per_s": 0.0}, "" if right else f"only {cached} tokens were cached"
+        wrong = f"{cached} tokens were cached, not {cached_tokens}"
+        return found | {"gb_per_s": 0.0}, "" if cached == cached_tokens else wrong
 
     # ---- steps
 
@@ -364,6 +374,20 @@ class Saving(Ours):
         sample = self._save(self.setup.prompts.fresh(case.context_tokens))
         self._discard()
         return sample
+
+    def decodes_cold(self, case: Case, count: int) -> tuple[dict[str, Any], str]:
+        """The same, and all of them are saved."""
+        self.settle()
+        before = self._counted
+        found, wrong = super().decodes_cold(case, count)
+        self.settle()
+        names = [f"vllm:objectcache_{name}_total" for name in ("saved_chunks", "written_bytes")]
+        saved, written = (self._counted[name] - before.get(name, 0.0) for name in names)
+        chunks = count * (case.context_tokens // CHUNK_TOKENS)
+        if not wrong and saved < chunks:
+            wrong = f"{saved:.0f} of {chunks} chunks were saved"
+        self._discard()
+        return found | {"gb_per_s": written / found["seconds"] / 1e9}, wrong
 
     def write(self, case: Case, number: int) -> str:
         """Leave a prefix in the store; why not, or ""."""

@@ -4,6 +4,8 @@ import json
 import math
 import os
 import ssl
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -24,6 +26,7 @@ from benchmarks.movers import write_report
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
 from benchmarks.results import Lines, latest, read
 from benchmarks.s3_like import FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like, sigma
+from benchmarks.servers import cores_of
 from benchmarks.steps import ClientSource, Seen, Stream, measure
 from benchmarks.transport import cases, modelled_best_s
 from benchmarks.transport_report import write
@@ -236,6 +239,21 @@ def test_the_s3_like_server_keeps_its_rate_and_its_limit(tmp_path: Path) -> None
                 client.get_object(Bucket="bucket", Key="key", Range="bytes=0-0")["Body"].read()
         assert server.counts().throttled == 1
         assert server.counts().requests >= 5
+
+
+def test_servers_run_on_the_cores_that_are_theirs(tmp_path: Path) -> None:
+    assert cores_of("16-18,24") == {16, 17, 18, 24}
+    theirs = max(os.sched_getaffinity(0))
+    script = (
+        "import os, sys; from pathlib import Path; from benchmarks.servers import Process, apart;"
+        "child = Process([sys.executable, '-c', 'import os; print(os.sched_getaffinity(0))'],"
+        "Path(sys.argv[1]), dict(os.environ)); os.waitpid(child.pid, 0); print(apart())"
+    )
+    env = os.environ | {"OBJECTCACHE_SERVER_CORES": str(theirs), "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", script, str(tmp_path / "log")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+    assert (tmp_path / "log").read_text() == f"{ {theirs} }\n"
+    assert done.stdout == "{}\n"  # they are this process's own as well
 
 
 def test_second_requests_are_measured_beside_none(tmp_path: Path) -> None:

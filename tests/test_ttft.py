@@ -220,9 +220,12 @@ def test_what_stands_in_the_file_is_not_measured_again() -> None:
 
 def test_what_saving_and_decoding_cost_is_measured_if_asked_for() -> None:
     plan = planned(["saving", "decodes"], [SHORT, LONG], ["nginx"], never)
-    assert plan[Saving, "nginx"] == [("saving", Case(1024, 0.0)), ("saving", Case(2048, 0.0))]
+    assert plan[Saving, "nginx"] == [
+        *(("saving", Case(1024, 0.0)), ("saving", Case(2048, 0.0))),
+        ("decodes-saving", Case(2048, 0.0)),
+    ]
     assert plan[Reading, "nginx"] == [("decodes", LONG)]
-    assert plan[Plain, "none"] == [("decodes-hbm", LONG)]
+    assert plan[Plain, "none"] == [("decodes-hbm", LONG), ("decodes-cold", Case(2048, 0.0))]
     assert list(written(plan)) == [LONG]
 
 
@@ -253,6 +256,29 @@ def test_all_sessions_leave_their_lines(tmp_path: Path, setup: Setup) -> None:
     }
     assert all(metrics["ttft_s"] == 0.5 and metrics["runs"] == 2 for metrics in seen.values())
     assert places["z"].cleared == 1  # its memory is vLLM's tiers' from then on
+
+
+def test_decodes_have_a_line_beside_prompts_of_each_kind(tmp_path: Path, setup: Setup) -> None:
+    run, _ = a_run(tmp_path, ToyProcess(), setup, math.inf)
+    plan = planned(["decodes"], [LONG], ["a"], never)
+    sessions(run, setup, plan, {"a": ToyPlace("a", "b", "p")}, has_nixl=True)
+    found = {one["system"]: one["metrics"] for one in read(tmp_path / "ttft-m.jsonl")}
+    assert set(found) == {"decodes", "decodes-hbm", "decodes-saving", "decodes-cold"}
+    for name in ("decodes-saving", "decodes-cold"):
+        assert (found[name]["after_step_p50_ms"], found[name]["rounds"]) == (8.0, 2)
+    assert found["decodes-saving"]["gb_per_s"] > 0.0 == found["decodes-cold"]["gb_per_s"]
+    assert "after_step_p50_ms" not in found["decodes"]
+
+
+def test_decodes_beside_prompts_that_are_not_all_saved_do_not_count(
+    tmp_path: Path, setup: Setup
+) -> None:
+    toy = ToyProcess()
+    toy.loses = 1
+    run, _ = a_run(tmp_path, toy, setup, math.inf)
+    plan = planned(["decodes"], [LONG], ["a"], never)
+    sessions(run, setup, plan, {"a": ToyPlace("a", "b", "p")}, has_nixl=True)
+    assert "decodes-saving" not in {one["system"] for one in read(tmp_path / "ttft-m.jsonl")}
 
 
 class Full(ToyPlace):

@@ -73,6 +73,12 @@ class ToyProcess:
             return {"done": done}
         if step["do"] == "wait":
             return {}
+        if step["do"] == "decodes":
+            each = [self.compute(one["prompt_token_ids"], math.inf) for one in step["prompts"]]
+            cached = [one["requests"][0]["cached_tokens"] for one in each]
+            steps = {name: [7.0] * 9 for name in ("alone_ms", "beside_ms", "admitting_ms")}
+            after = [8.0] * 9 if step["after_s"] else []
+            return steps | {"after_ms": after, "cached_tokens": cached, "seconds": 1.0}
         prompt = step["prompt"] if step["do"] == "save" else step["prompts"][0]
         extra = step.get("sampling", {}).get("extra_args", {})
         offload = extra.get("kv_transfer_params", {}).get("max_offload_tokens", math.inf)
