@@ -69,7 +69,7 @@ from benchmarks.command import say
 from benchmarks.live_engine import EngineGone, Processes
 from benchmarks.raw_reads import rate_bytes_per_s
 from benchmarks.s3_like import BYTES_PER_S, FIRST_BYTE_P50_MS, FIRST_BYTE_P99_MS, S3Like
-from benchmarks.servers import ServerError, apart, cores
+from benchmarks.servers import ServerError, apart, workers
 from benchmarks.ttft_stores import BUCKET, room_bytes, s3_like_place
 from benchmarks.ttft_systems import CHUNK_TOKENS, Case, Saving, Setup, make_setup, ring_bytes
 
@@ -165,8 +165,7 @@ def measure(args: argparse.Namespace) -> int:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="admission-", dir=args.folder))
         )
         folder.chmod(0o755)
-        workers = max(2, len(cores()) // 2)
-        place, server = stack.enter_context(s3_like_place(folder, workers, law))
+        place, server = stack.enter_context(s3_like_place(folder, max(2, workers()), law))
         rates = _calibrate(server, folder, {scene.wire_gbps for _, scene, _ in wanted}, args.smoke)
         setup = make_setup(args.smoke, args.engine, OPTIONS | args.options, folder, cases)
         _make_room(args, setup, folder)

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.chunks import Chunks
 from benchmarks.nginx import Nginx, nginx_absent, tls_absent
 from benchmarks.s3_like import S3Like
-from benchmarks.servers import SeaweedFS, Server, cores, die_with_parent
+from benchmarks.servers import SeaweedFS, Server, cores, die_with_parent, workers
 
 BUCKET = "transport"
 MIB = 1 << 20
@@ -76,21 +76,20 @@ class Lab:
         if self._destination:
             with self.memory.open("wb") as file:
                 os.posix_fallocate(file.fileno(), 0, self.scale.slots * self.chunks.object_bytes)
-        half = max(1, len(cores()) // 2)
         objects = self.folder / "objects"
         if self.wanted & {"nginx", "tls"}:
             absent = nginx_absent()
             if absent:
                 self.absent |= {"nginx": absent, "tls": absent}
             else:
-                nginx = Nginx(self.folder / "nginx", BUCKET, objects, half)
+                nginx = Nginx(self.folder / "nginx", BUCKET, objects, workers())
                 self.servers["nginx"] = self._open.enter_context(nginx)
                 if tls_absent():
                     self.absent["tls"] = tls_absent()
                 else:
                     self.servers["tls"] = nginx
         if "s3-like" in self.wanted:
-            slow = S3Like(self.folder / "s3-like", BUCKET, objects, half)
+            slow = S3Like(self.folder / "s3-like", BUCKET, objects, workers())
             self.servers["s3-like"] = self._open.enter_context(slow)
         if "seaweedfs" in self.wanted:
             weed = SeaweedFS(self.folder / "weed", BUCKET, piece_mib=64)

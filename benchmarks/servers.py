@@ -386,6 +386,11 @@ def cores_of(told: str) -> set[int]:
     return found
 
 
+def workers() -> int:
+    """Processes of a server that has one for each core: of those that it shares, half."""
+    return max(1, len(cores()) if apart() else len(cores()) // 2)
+
+
 def apart() -> dict[str, int]:
     """For the facts of a run: how many cores servers have that nobody else has, if they have some."""
     theirs = cores()

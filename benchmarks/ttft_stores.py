@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.nginx import Nginx, nginx_absent
 from benchmarks.s3_like import S3Like
-from benchmarks.servers import REGION, SeaweedFS, Server, binary, cores
+from benchmarks.servers import REGION, SeaweedFS, Server, binary, workers
 
 BUCKET = "ttft"
 LOCAL = ("nginx", "seaweedfs")
@@ -174,8 +174,7 @@ def local_place(name: str, folder: Path) -> Iterator[Place]:
     if name == "nginx":
         objects = folder / "objects" / BUCKET
         objects.mkdir(parents=True)
-        workers = max(1, len(cores()) // 2)
-        with Nginx(folder / name, BUCKET, objects.parent, workers, writable=True) as server:
+        with Nginx(folder / name, BUCKET, objects.parent, workers(), writable=True) as server:
             yield Files(objects, name, BUCKET, "kv", _client_of(server), **_known(server))
     else:
         weed = SeaweedFS(folder / name, BUCKET, _PIECE_MIB, _VOLUME_MIB)
