@@ -16,7 +16,7 @@ from objectcache.device import Copies
 from objectcache.moment import BESIDE_BYTES_PER_S
 from objectcache.runs import Batch, Run
 
-# Of copying that a step may begin, however short or long the last one was.
+# Of copying that a step may begin, however short or long the last ones were.
 LEAST_S, MOST_S = 0.004, 0.05
 
 
@@ -82,7 +82,10 @@ class Ahead:
         self._block_bytes = [size // chunk_blocks for size in slice_bytes]
         self._timeout_s = timeout_s
         self._clock = clock
-        self._carried_at = clock()
+        self._carried_at, self._step_s = clock(), 0.0
+        self._credit_bytes = (
+            0  # less than none after a part that was more than there was credit for
+        )
         self._loads: dict[int, _Load] = {}
 
     def begin(self, job: int, request_id: str, runs: list[Run], first: int) -> None:
@@ -108,17 +111,17 @@ class Ahead:
         return load.came is None
 
     def carry(self) -> None:
-        """Once a step, after its forward pass: begin copies for about as long as a step takes."""
+        """Once a step, after its forward pass: begin copies for about as long as a step takes. That is the
+        shorter one of the last two: of a long one alone the next should not be longer still."""
         now = self._clock()
-        step_s = min(MOST_S, max(LEAST_S, now - self._carried_at))
-        left = int(step_s * BESIDE_BYTES_PER_S)
+        last_s, self._step_s = self._step_s, now - self._carried_at
+        usual_s = min(MOST_S, max(LEAST_S, min(last_s, self._step_s)))
+        self._credit_bytes = min(0, self._credit_bytes) + int(usual_s * BESIDE_BYTES_PER_S)
         self._carried_at = now
         self._collect()
         for load in self._loads.values():
-            if left <= 0:
-                return
-            if not load.ends:
-                left -= self._copy(load, left)
+            if self._credit_bytes > 0 and not load.ends:
+                self._credit_bytes -= self._copy(load, self._credit_bytes)
 
     def over(self) -> list[Landing]:
         """Requests that vLLM may go on with. Each is named once."""

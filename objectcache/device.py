@@ -35,7 +35,8 @@ STAGING_BYTES = 64 << 20  # GPU memory of each of three ways; half of it is 0.6 
 # A step's loads get more where the GPU has it: half of it is what goes in one call, and each call costs the
 # host 0.14 ms within the forward pass (measured; 224 of them for 64K tokens with 64 MiB, 64 with this).
 LOADS_STAGING_BYTES, LOADS_STAGING_SHARE = 256 << 20, 1 / 256
-# What is loaded apart from steps costs as many calls, between steps.
+# What is loaded apart from steps is in no hurry, but each call takes a step's host time: so it goes in calls
+# of all that it has.
 APART_STAGING_BYTES, APART_STAGING_SHARE = 128 << 20, 1 / 512
 CPU_PART_BLOCKS = 64
 LAYERS_AHEAD = 2  # layers whose copies are submitted before the one that is waited for

@@ -146,10 +146,12 @@ class _Stream(Protocol):
 class Staging:
     """GPU memory that is handed out in a circle. What was handed out is free once its event happened.
 
-    Events of one buffer happen in the order in which they are left here.
+    Events of one buffer happen in the order in which they are left here. With two `parts` one is filled while
+    another is emptied; one part is as large as it can be, where calls cost more than the bus does.
     """
 
-    def __init__(self, size_bytes: int, device: torch.device) -> None:
+    def __init__(self, size_bytes: int, device: torch.device, parts: int = 2) -> None:
+        self._parts = parts
         self.memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         self._next = 0
         self._taken = (0, 0)
@@ -157,8 +159,8 @@ class Staging:
 
     @property
     def most(self) -> int:
-        """Bytes of the largest part, so that one is filled while another is emptied."""
-        return self.memory.numel() // 2 // ALIGN_BYTES * ALIGN_BYTES
+        """Bytes of the largest part."""
+        return self.memory.numel() // self._parts // ALIGN_BYTES * ALIGN_BYTES
 
     def take(self, size_bytes: int, stream: _Stream) -> torch.Tensor:
         """A part of the buffer; `stream` waits for what lies there. Call `leave` when it is in use."""
@@ -184,7 +186,7 @@ class Lane:
 
     def __init__(self, bus: Bus, size_bytes: int, device: torch.device, urgent: bool) -> None:
         self._bus = bus
-        self._staging = Staging(size_bytes, device)
+        self._staging = Staging(size_bytes, device, parts=2 if urgent else 1)
         # The compute stream waits for urgent pages: their kernels go before its own.
         self._page_stream = torch.cuda.Stream(device, priority=-1 if urgent else 0)
         self._bus_stream = torch.cuda.Stream(device)

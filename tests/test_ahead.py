@@ -172,13 +172,16 @@ def test_a_step_begins_about_as_much_as_the_bus_can_bring_in_one(
         runs = [Run(at, 0, [4 * at, 4 * at + 1, 4 * at + 2, 4 * at + 3]) for at in range(chunks)]
         ahead.begin(job, f"r{job}", runs, 0)
         ahead.ended(job, chunks, "")
-    seen = 0
-    for step_s in [*steps, *[1.0] * 5]:
+    seen, last_s, allowed = 0, 0.0, 0.0
+    for step_s in [*steps, *[1.0] * 6]:
         now += step_s
         ahead.carry()
-        most = min(MOST_S, max(LEAST_S, step_s)) * BESIDE_BYTES_PER_S
+        usual_s = min(step_s, last_s)  # of a long step alone the next one does not get longer still
+        most = min(MOST_S, max(LEAST_S, usual_s)) * BESIDE_BYTES_PER_S
         assert (len(copies.begun) - seen - 1) * slice_bytes < most
-        seen = len(copies.begun)
+        allowed += most
+        assert (len(copies.begun) - 1) * slice_bytes < allowed, "a part too many each time adds up"
+        seen, last_s = len(copies.begun), step_s
     assert len(set(copies.begun)) == len(copies.begun) == LAYERS * sum(n for n, _ in loads)
     for job in range(len(loads)):
         layers = [layer for one, layer, _ in copies.begun if one == job]

@@ -48,6 +48,15 @@ def test_what_lies_elsewhere_is_not_waited_for() -> None:
         staging.leave(event)
 
 
+def test_one_part_is_all_of_it_and_waits_for_the_one_before() -> None:
+    staging, stream = Staging(8 * ALIGN_BYTES, CPU, parts=1), Clock()
+    assert staging.most == 8 * ALIGN_BYTES
+    for event in range(4):
+        staging.take(staging.most, stream)
+        assert stream.waited == event - 1
+        staging.leave(event)
+
+
 def pages_of(layout: str, size: int = 64) -> list[torch.Tensor]:
     """Pages of three layers as vLLM lays them out, in memory filled with their numbers."""
     memory = torch.zeros(BLOCKS * LAYERS * (size + 8) + 128, dtype=torch.uint8)
