@@ -14,6 +14,8 @@ staged        a request is admitted when all of its prefix lies in host memory
 at-once       when the first layer of all its chunks does; steps then wait for the others, layer by layer
 just-in-time  when the layers still missing will be there before they are needed
 recompute     nothing is looked up or loaded, and vLLM's own cache is not read (`skip_reading_prefix_cache`)
+hbm           all prefixes lie in vLLM's own cache: the same is computed, and nothing loaded. With more users
+              than vLLM has room for, some prefix is gone when it is asked for, and the run does not count
 
 One engine that allows all of them serves them all, each request asks for its system (`objectcache.admission`), and one round has
 all systems of a case one after the other. Before a run vLLM's own cache is emptied. There are two sets of
@@ -46,6 +48,7 @@ from typing import Any
 
 from benchmarks import command, results
 from benchmarks.admission_plan import (
+    LOADS,
     MIX,
     RATIOS,
     SCENES,
@@ -102,11 +105,18 @@ class Crowded(Saving):
         """One run with the set of prefixes `which`."""
         self.forget()
         numbers = asked(cases, users)
+        if system == "hbm":
+            for number in {n for n in numbers if cases[n].hit_tokens}:
+                prefix = self.setup.prompts.prefix(cases[number], which * SET_NUMBERS + number)
+                self.answer(prefix, **UNSAVED)
+            self.answer(
+                self.setup.prompts.fresh(16), **UNSAVED
+            )  # what they read is counted until here
         requests = [self._request(system, cases[n], which * SET_NUMBERS + n) for n in numbers]
         step = {"do": "crowd", "requests": requests, "users": users, "tokens": tokens}
         done = self.do(step | {"limit_s": RUN_LIMIT_S}, RUN_LIMIT_S + GRACE_S)
-        loads = system != "recompute"
-        expected = [cases[n].hit_tokens * loads for n in numbers]
+        loads = system in LOADS
+        expected = [cases[n].hit_tokens * (system != "recompute") for n in numbers]
         run = judged(done, expected, tokens)
         run.counted = self.answer(self.setup.prompts.fresh(16), **UNSAVED).counted
         run.read_bytes = run.counted.get("read_bytes", 0.0)
@@ -119,7 +129,8 @@ class Crowded(Saving):
         prompt = {"prompt_token_ids": self.setup.prompts.prompt(case, number)}
         if system == "recompute":
             return prompt | {"params": UNSAVED, "skips_cache": True}
-        return prompt | {"params": UNSAVED | {"objectcache.admission": system}}
+        wish = {"objectcache.admission": system} if system in LOADS else {}
+        return prompt | {"params": UNSAVED | wish}
 
 
 def judged(done: Mapping[str, Any], expected: Sequence[int], tokens: int) -> Run:

@@ -13,7 +13,7 @@ from benchmarks import results
 from benchmarks.command import clean
 from benchmarks.ttft_systems import Case
 
-SYSTEMS = ("staged", "at-once", "just-in-time", "recompute")
+SYSTEMS = ("staged", "at-once", "just-in-time", "recompute", "hbm")
 LOADS = SYSTEMS[:3]
 SETS = 2  # of prefixes, by turns: what one run leaves in host memory is of no use to the next
 # Contexts and how many of two dozen requests have them.
@@ -106,21 +106,20 @@ def turns(
         (scene, system) for scene in scenes for system in systems if has(system, of(scene, system))
     }
     for number in range(rounds):
-        cold: set[int] = set()
+        told_of: set[tuple[str, int]] = set()
         for scene in scenes:
             first = number % len(systems)
             for system in [*systems[first:], *systems[:first]]:
-                if system == "recompute" and scene.users in cold:
+                if system not in LOADS and (system, scene.users) in told_of:
                     continue
-                if system == "recompute":
-                    cold.add(scene.users)
+                told_of.add((system, scene.users))
                 if (scene, system) not in done:
                     yield number, of(scene, system), system
 
 
 def of(scene: Scene, system: str) -> Scene:
     """The scene by which a system is named."""
-    return Scene(scene.users, 0.0) if system == "recompute" else scene
+    return scene if system in LOADS else Scene(scene.users, 0.0)
 
 
 def told(scene: Scene, law: dict[str, float]) -> dict[str, Any]:

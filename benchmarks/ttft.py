@@ -36,8 +36,8 @@ get them from there while an engine starts. Engines are started one after the ot
 rounds. Prefixes of three rounds of all cases are 43 GiB with this model, in `--folder`. The weights are
 random numbers: timing does not see that.
 
-Not measured: more than one request at a time (TPOT apart), a network where store and engine share a
-machine, the time until a saved prefix can be found.
+Local stores share the machine with the engine, but not its cores where they are given others: see
+servers.py. Not measured: more than one request at a time (TPOT apart), a network, the time until a saved prefix can be found.
 """
 
 from __future__ import annotations
