@@ -15,6 +15,18 @@ SAVE_SHARE = (
 )
 
 
+def slots_in(ring_bytes: int, object_bytes: int) -> int:
+    """How many objects such a ring has room for. Raises Misconfigured."""
+    slots = ring_bytes // object_bytes
+    if slots < 2:
+        raise Misconfigured(
+            f"ring_bytes={ring_bytes} holds {slots} chunks of {object_bytes} bytes; it must hold "
+            "two at least.",
+            f"raise ring_bytes to {2 * object_bytes} or more, or lower chunk_tokens.",
+        )
+    return slots
+
+
 def shares(slots: int) -> tuple[range, range]:
     """Of so many slots: those for loads, and the rest, for saves."""
     if slots < 2:
