@@ -85,7 +85,7 @@ class Staged:
 @dataclass(frozen=True)
 class Coming:
     """So far the job's chunks, `chunks` of them, have `layers` layers verified, all of them together; and
-    each the first `ready`."""
+    each the first `ready`, which is below 0 until each has its header."""
 
     job: int
     chunks: int

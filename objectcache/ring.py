@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from objectcache.errors import Misconfigured
 
 PROGRESS_BYTES = 2  # of a slot
+NOT_BEGUN = -1  # progress, until the header is verified: 0 layers, but the object exists and comes
 SAVE_SHARE = (
     4  # one slot in four is for saves: a lost save is only a later miss, a load is waited for
 )
@@ -36,7 +37,7 @@ def shares(slots: int) -> tuple[range, range]:
 
 
 def progress_offset(slots: int, slot_bytes: int) -> int:
-    """Where, behind the slots, the table of their progress begins: a uint16 for each."""
+    """Where, behind the slots, the table of their progress begins: an int16 for each."""
     return -(-slots * slot_bytes // PROGRESS_BYTES) * PROGRESS_BYTES
 
 

@@ -34,7 +34,7 @@ LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 class _Job:
     coming: Coming
     chunks: int
-    ready: int = 0
+    ready: int = -1
     landed: int = 0  # bytes
     seen: deque[tuple[float, int]] = field(default_factory=deque)  # lately, what had landed then
     reports: list[tuple[int, int, int]] = field(
@@ -105,7 +105,8 @@ class Timely:
         self._jobs[job] = found
 
     def seen(self, job: int, chunks: int, ready: int, layers: int, now: float) -> None:
-        """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`."""
+        """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`;
+        less than none if it lacks the header of one."""
         found = self._jobs.get(job)
         if found is None:
             return  # admitted or released meanwhile
@@ -118,8 +119,10 @@ class Timely:
             self.forget(job)  # there is no room for all of it
             return
         landed = layers * sum(self._slice_bytes) // len(self._slice_bytes)
+        if found.ready < 0 <= ready:
+            found.coming.begun(now)
         found.ready, found.landed = max(found.ready, ready), max(found.landed, landed)
-        found.coming.seen(now, landed, ready)
+        found.coming.seen(now, landed, max(0, ready))
         found.note(now)
 
     def next_reports(self) -> None:
@@ -142,12 +145,14 @@ class Timely:
         beside: int = 0,
     ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
-        known that all of its chunks are right. While it is `alone` on the GPU a short stall is nobody's
+        known that all of its chunks are right: by their first layers; or, where a lead is known in which
+        those come, by their headers. While it is `alone` on the GPU a short stall is nobody's
         loss: its pass ends no later for having begun too early. With others `beside` it the bus may be."""
         found = self._jobs.get(job)
-        if found is None or found.ready < 1:
-            return None
         lead = self.lead.seconds(self._first_tokens(prompt_tokens, loaded_tokens))
+        least = 0 if mode == JUST_IN_TIME and lead.mean_s else 1
+        if found is None or found.ready < least:
+            return None
         when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone, lead)
         if mode != JUST_IN_TIME or not beside:
             return when

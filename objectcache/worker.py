@@ -274,7 +274,8 @@ class WorkerHalf:
             if not short and job not in self._loading:
                 progress = self._slots.progress[slots]
                 ready = int(progress.min(initial=layers))
-                found.append(Coming(job, len(slots), ready, int(progress.sum(dtype=int))))
+                landed = int(np.maximum(progress, 0).sum(dtype=int))
+                found.append(Coming(job, len(slots), ready, landed))
         return found
 
     def stats(self) -> ObjectCacheStats | None:
