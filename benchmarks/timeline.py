@@ -68,7 +68,7 @@ def layers(record: Record) -> int:
 
 def landed(record: Record) -> list[tuple[float, int]]:
     """When so many layers were there; all of them when the prefix was staged, or when the pass had them."""
-    steps = [(at, int(about["ready"])) for at, about in of(record, "progress")]
+    steps = [(at, max(0, int(about["ready"]))) for at, about in of(record, "progress")]
     steps += [(at, layers(record)) for at, about in of(record, "staged") if not about.get("error")]
     for _, about in of(record, "pass"):
         for (at_s, wait_ms), ready, layer in zip(

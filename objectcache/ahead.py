@@ -71,7 +71,7 @@ class Ahead:
     def __init__(
         self,
         copies: Copies,
-        progress: npt.NDArray[np.uint16],
+        progress: npt.NDArray[np.int16],
         slice_bytes: Sequence[int],
         chunk_blocks: int,
         timeout_s: float,

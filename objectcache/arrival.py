@@ -7,6 +7,7 @@ chunk has it, so several things can hold it up, and the latest of them counts:
     the slowest stream  has its share of that rate, and is where the last complete layer is
     the pace            at which the last layers became complete; the latest of them count most
     a first byte        of a request that got none yet
+    the last begin      when all had their headers; its share brings it the first layer
 """
 
 import math
@@ -22,6 +23,7 @@ PRIOR_S = 0.03  # seconds of looking that a prior rate is worth
 BURST_S = 0.02  # of traffic that comes or stays away as one, in the prior
 PRIOR_SPREAD = 0.9  # of a prior rate, as a share
 SHARE_SPREAD = 0.1  # of one stream's share of the rate
+LEAST_LEFT_S = 1e-3  # of what is not there
 BEGIN_KEPT = 0.3  # of what was seen before the first layer was there
 PACE_SPREAD = 0.35  # of the time between two layers, as a share
 PACE_PRIOR = 1.0  # layers that an equal share of the rate is worth, beside the layers seen
@@ -83,6 +85,7 @@ class Coming:
         self._paced_s = self._paced = 0.0  # seconds, and layers that came in them, lately
         self._first_at: float | None = None  # when bytes were first seen
         self._begun_at = began  # when a request got its first byte last
+        self._all_begun_at: float | None = None
         prior = min(self._streams * store.connection_bytes_per_s, store.wire_bytes_per_s)
         self._prior_bytes_per_s = prior
         self._seconds = self._bytes = 0.0  # lately
@@ -131,6 +134,10 @@ class Coming:
             self._paced = self._paced * kept + more
         self._ready_at += [now] * more
 
+    def begun(self, now: float) -> None:
+        """All chunks have their headers, the last of them since now."""
+        self._all_begun_at = now
+
     def arrivals(self, now: float) -> Arrivals:
         """As it looks after what was seen. `now` is not before the last report."""
         mean_s, sigma_s = list(self._ready_at), [0.0] * self._ready
@@ -139,9 +146,8 @@ class Coming:
         latest = _At(now, 0.0)
         for layer in range(self._ready, len(self._behind)):
             reasons = [latest, self._by_bytes(layer, now, rate), self._by_slowest(layer, now, rate)]
-            pace = self._by_pace(layer, now, rate)
-            if pace is not None:
-                reasons.append(pace)
+            others = (self._by_pace(layer, now, rate), self._by_begin(layer, now, rate))
+            reasons += [reason for reason in others if reason is not None]
             if first_byte is not None:
                 first = self._group_of[layer]
                 size = self._behind[layer] - (self._behind[first - 1] if first else 0)
@@ -201,6 +207,19 @@ class Coming:
         takes_s = size / self._chunks * self._streams / rate.bytes_per_s
         left_s = max(0.0, begins + takes_s - now)
         return _At(now + left_s, left_s * math.hypot(SHARE_SPREAD, rate.unsure))
+
+    def _by_begin(self, layer: int, now: float, rate: _Rate) -> _At | None:
+        """Of a stream that began when the last one did. None once a layer is there, and for layers of later
+        requests. A first layer that is overdue is expected to take as long again as it is overdue."""
+        if self._all_begun_at is None or self._ready or self._group_of[layer]:
+            return None
+        stream_bytes_per_s = rate.bytes_per_s / self._streams * self._chunks
+        first_s, takes_s = (self._behind[at] / stream_bytes_per_s for at in (0, layer))
+        overdue_s = max(0.0, now - self._all_begun_at - first_s)
+        left_s = max(LEAST_LEFT_S, self._all_begun_at + takes_s + 2 * overdue_s - now)
+        return _At(
+            now + left_s, math.hypot(overdue_s, left_s * math.hypot(SHARE_SPREAD, rate.unsure))
+        )
 
     def _by_pace(self, layer: int, now: float, rate: _Rate) -> _At | None:
         """None until a layer came, and for layers of later requests. A begin is often slow, and says

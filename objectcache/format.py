@@ -159,8 +159,8 @@ class Verifier:
 
     The parts of an object may land at the same time, each in a thread of its own: a slice is checked
     by the thread that brought it, or, where that was before the header, by the one that brings the
-    header. `told` hears from these threads how many leading layers may be used; a number that is
-    told late may be less than one before.
+    header. `told` hears from these threads how many leading layers may be used, first 0 when the
+    header is verified; a number that is told late may be less than one before.
     """
 
     def __init__(
@@ -194,8 +194,10 @@ class Verifier:
 
     def header_landed(self) -> None:
         header = self._buffer[: self._layout.header_bytes]
-        self._sums = self._layout.expected_sums(header, self._chunk_hash)
-        self._check_landed(self._sums)
+        sums = self._layout.expected_sums(header, self._chunk_hash)
+        self._told(0)  # the first layer comes in this part, behind the header
+        self._sums = sums
+        self._check_landed(sums)
 
     def layer_landed(self, layer: int) -> None:
         self._unchecked.append(layer)

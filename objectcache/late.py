@@ -35,7 +35,7 @@ class Late:
 
     def __init__(
         self,
-        progress: npt.NDArray[np.uint16],
+        progress: npt.NDArray[np.int16],
         layers: int,
         timeout_s: float,
         hear: Callable[[], None],
@@ -94,7 +94,7 @@ class Late:
         for load in self._loads.values():
             if not load.copied and not load.lost:
                 ready = min(ready, int(self._progress[load.slots].min(initial=self._layers)))
-        return ready
+        return max(0, ready)
 
     def wait(self, layer: int) -> None:
         """Until layer `layer` is there in all loads, or they are given up."""

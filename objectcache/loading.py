@@ -268,6 +268,11 @@ class Loading:
         if self.timely is not None:
             self.timely.forget(tracked.job)
 
+    def loads(self, tracked: Tracked, end_tokens: int) -> None:
+        """It was admitted, and its prefix up to there is loaded in the step that computes on it."""
+        if self.timely is not None:
+            self.timely.loads(tracked.request.num_tokens, end_tokens, tracked.asked_s)
+
     def lands(self, tracked: Tracked) -> None:
         """It was admitted on its job before all of it was there; `reported` hears how that ends."""
         assert tracked.job is not None
@@ -381,6 +386,11 @@ class Loading:
                 self.doubt(self._landing[job].hashes, now)
         for landed in report.landed:
             self._landed(landed.job, landed.lost, now)
+        needs: dict[int, list[float]] = {}
+        for step, at_s in report.needed:
+            needs.setdefault(step, []).append(at_s)
+        for step, times in needs.items():
+            self.timely.lead.needed(step, times, now)
         waits: dict[int, bool] = {}  # a step that waited on one rank held up all
         for step, waited in report.steps:
             waits[step] = waits.get(step, False) or waited

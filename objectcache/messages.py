@@ -85,7 +85,7 @@ class Staged:
 @dataclass(frozen=True)
 class Coming:
     """So far the job's chunks, `chunks` of them, have `layers` layers verified, all of them together; and
-    each the first `ready`."""
+    each the first `ready`, which is below 0 until each has its header."""
 
     job: int
     chunks: int
@@ -130,6 +130,8 @@ class StepReport(KVConnectorWorkerMetadata):
     landed: list[Landed] = field(default_factory=list)
     lost: list[int] = field(default_factory=list)  # jobs of which some rank lacks bytes, at once
     steps: list[tuple[int, bool]] = field(default_factory=list)  # of each rank: which, did it wait
+    # Of each rank, and each step that loads: when it could first use a layer, by its host's monotonic clock.
+    needed: list[tuple[int, float]] = field(default_factory=list)
     wires: list[tuple[int, Wire]] = field(default_factory=list)  # by shard; only what is new
     passes: list[PassTimes] = field(default_factory=list)  # of those with loads, if they are traced
 
@@ -143,6 +145,7 @@ class StepReport(KVConnectorWorkerMetadata):
             self.landed + other.landed,
             self.lost + other.lost,
             self.steps + other.steps,
+            self.needed + other.needed,
             self.wires + other.wires,
             passes=self.passes + other.passes,
         )

@@ -7,6 +7,9 @@ layer l is followed by h + c + (L - 1 - l) * max(c, h) at least. So the end is h
 
     at max over l of (arrival(l) - l * max(c, h)), or later
 
+A request is admitted the lead before its pass starts: what vLLM takes until then does not need the
+first layer, and runs while that is on its way.
+
 It is the first pass that counts: with chunked prefill, `layer_s` is that of the first chunk, with
 all else that is in its batch.
 """
@@ -17,6 +20,7 @@ from dataclasses import dataclass, replace
 
 from objectcache.arrival import Arrivals
 from objectcache.compute import Estimate
+from objectcache.lead import NO_LEAD
 
 STAGED, JUST_IN_TIME, AT_ONCE = "staged", "just-in-time", "at-once"
 MODES = (STAGED, JUST_IN_TIME, AT_ONCE)  # from patient to impatient
@@ -53,6 +57,7 @@ class Moment:
     layer_s: Estimate
     pass_s: float  # of the first forward pass, from its start, if nothing is late
     ahead: bool = False  # it is copied while others compute, and computes when that has ended
+    lead: Estimate = NO_LEAD  # from `at_s` to the start of the pass
 
     def due(self, now: float) -> bool:
         """Whether it is time."""
@@ -68,6 +73,7 @@ class Moment:
             "layer_ms": self.layer_s.mean_s,
             "layer_sigma_ms": self.layer_s.sigma_s,
             "pass_ms": self.pass_s,
+            "lead_ms": self.lead.mean_s,
         }
         which = {"layer": self.layer, "ahead": int(self.ahead)}
         return which | {name: round(s * 1e3, 3) for name, s in each.items()}
@@ -83,10 +89,13 @@ class Moment:
             )
         gain_s = self.staged_s - self.at_s
         than = "sooner than" if gain_s >= 0.0 else "later than"
+        lead = ""
+        if self.lead.mean_s:
+            lead = f", and begins {_ms(self.lead.mean_s)} (+-{_ms(self.lead.sigma_s)}) after that"
         return (
             f"Admit {when} ({self.mode}): layer {self.layer} of {self.layers} decides, expected in "
             f"{_ms(self.arrives_s - now)}; a layer computes in {_ms(self.layer_s.mean_s)} "
-            f"(+-{_ms(self.layer_s.sigma_s)}), the first pass in {_ms(self.pass_s)}. The margin is "
+            f"(+-{_ms(self.layer_s.sigma_s)}), the first pass in {_ms(self.pass_s)}{lead}. The margin is "
             f"{_ms(self.margin_s)}. That is {_ms(abs(gain_s))} {than} all layers are expected."
         )
 
@@ -98,12 +107,14 @@ def moment(
     copy_s: float = 0.0,
     mode: str = JUST_IN_TIME,
     margin: Margin = USUAL,
+    lead: Estimate = NO_LEAD,
 ) -> Moment:
-    """The earliest moment, not before `now`, at which to start the first pass of a request.
+    """The earliest moment, not before `now`, at which to admit a request.
 
-    `layer_s` is the time to compute a layer in that pass and `copy_s` that to copy one to the GPU,
-    in seconds. The margin covers what is not sure about arrivals and about computing: if a layer
-    computes faster than expected, the next one is needed sooner.
+    `layer_s` is the time to compute a layer in its first pass and `copy_s` that to copy one to the
+    GPU, in seconds; `lead` is that from the moment to the start of the pass. The margin covers what is
+    not sure about arrivals, about computing and about the lead: if a layer computes faster than
+    expected, the next one is needed sooner. Who waits until all is there needs no lead.
     """
     layers = len(arrivals.mean_s)
     beat_s = max(layer_s.mean_s, copy_s)
@@ -116,10 +127,10 @@ def moment(
         starts_s = arrives_s
         sure_s = arrives_s + margin.sigmas * sigma_s + margin.seconds
         if mode == JUST_IN_TIME:
-            # However fast it computes, it need not start later than when the layer is there.
-            starts_s = arrives_s - layer * beat_s
-            both_s = math.hypot(sigma_s, layer * layer_s.sigma_s)
-            sure_s = min(sure_s, starts_s + margin.sigmas * both_s + margin.seconds)
+            # However fast it begins and computes, that need not be later than when the layer is there.
+            starts_s = arrives_s - layer * beat_s - lead.mean_s
+            all_s = math.hypot(sigma_s, layer * layer_s.sigma_s, lead.sigma_s)
+            sure_s = min(sure_s, starts_s + margin.sigmas * all_s + margin.seconds)
         if sure_s > at_s:
             decides, at_s, expected_s = layer, sure_s, max(now, starts_s)
     return Moment(
@@ -132,6 +143,7 @@ def moment(
         layers=layers,
         layer_s=layer_s,
         pass_s=pass_s(layers, layer_s.mean_s, copy_s),
+        lead=lead if mode == JUST_IN_TIME else NO_LEAD,
     )
 
 
@@ -165,7 +177,7 @@ def ahead(moment: Moment, now: float, copy_s: float, total_bytes: int, beside: i
     In its own step it is copied layer by layer as that computes, and all wait for the bus as far as it
     takes longer: `beside` times that, against how much later the request itself gets its token. Seconds
     of each count the same. It begins in its own step when that is safe, or when all is there: a margin
-    does not outlast that.
+    does not outlast that. The lead comes before either.
     """
     computes_s = moment.layers * moment.layer_s.mean_s
     stalls_s = pass_s(moment.layers, moment.layer_s.mean_s, copy_s) - computes_s
@@ -176,7 +188,7 @@ def ahead(moment: Moment, now: float, copy_s: float, total_bytes: int, beside: i
     later_s = there_s - own_s
     if not beside or stalls_s * beside <= later_s:
         return moment
-    return replace(moment, at_s=begins_s, margin_s=0.0, ahead=True)
+    return replace(moment, at_s=begins_s, margin_s=0.0, ahead=True, lead=NO_LEAD)
 
 
 def _ms(seconds: float) -> str:

@@ -359,7 +359,7 @@ class _Served:
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if berth.populate else 0)
         size = berth.layout.object_bytes
         ring = memoryview(mmap.mmap(memory, 0, flags))
-        progress = ring[progress_offset(berth.slots, size) :].cast("H")
+        progress = ring[progress_offset(berth.slots, size) :].cast("h")
         self._mover = LocalMover(
             berth,
             lambda slot: ring[slot * size : (slot + 1) * size],

@@ -14,12 +14,14 @@ from objectcache.loop import LoopThread
 from objectcache.order import Turn, Turns
 from objectcache.plan import Limits, plan
 from objectcache.report import log
+from objectcache.ring import NOT_BEGUN
 from objectcache.shelf import Place, Shelf
 from objectcache.stores.base import Store
 
 
 class Progress(Protocol):
-    """For each slot how many leading layers of what is read there may be used."""
+    """For each slot how many leading layers of what is read there may be used; before its header is
+    verified NOT_BEGUN."""
 
     def __setitem__(self, slot: int, layers: int, /) -> None: ...
 
@@ -167,7 +169,7 @@ class Reads:
 
     def _verifier(self, place: Place, chunk_hash: bytes) -> Verifier:
         progress, slot = self._progress, place.slot
-        progress[slot] = 0
+        progress[slot] = NOT_BEGUN
 
         def told(layers: int) -> None:
             progress[slot] = layers

@@ -10,9 +10,22 @@ from collections.abc import Iterable, Sequence
 from objectcache.errors import Misconfigured
 
 PROGRESS_BYTES = 2  # of a slot
+NOT_BEGUN = -1  # progress, until the header is verified: 0 layers, but the object exists and comes
 SAVE_SHARE = (
     4  # one slot in four is for saves: a lost save is only a later miss, a load is waited for
 )
+
+
+def slots_in(ring_bytes: int, object_bytes: int) -> int:
+    """How many objects such a ring has room for. Raises Misconfigured."""
+    slots = ring_bytes // object_bytes
+    if slots < 2:
+        raise Misconfigured(
+            f"ring_bytes={ring_bytes} holds {slots} chunks of {object_bytes} bytes; it must hold "
+            "two at least.",
+            f"raise ring_bytes to {2 * object_bytes} or more, or lower chunk_tokens.",
+        )
+    return slots
 
 
 def shares(slots: int) -> tuple[range, range]:
@@ -24,7 +37,7 @@ def shares(slots: int) -> tuple[range, range]:
 
 
 def progress_offset(slots: int, slot_bytes: int) -> int:
-    """Where, behind the slots, the table of their progress begins: a uint16 for each."""
+    """Where, behind the slots, the table of their progress begins: an int16 for each."""
     return -(-slots * slot_bytes // PROGRESS_BYTES) * PROGRESS_BYTES
 
 

@@ -167,7 +167,7 @@ class SchedulerHalf:
             self._idled = True  # once a step, however many are looked up
             self._lookup.wait(IDLE_WAIT_S)
             self._take_lookups()
-        tracked.local_tokens = local_tokens
+        tracked.local_tokens, tracked.asked_s = local_tokens, now
         if admission.may_fetch and not self.loading.begins(tracked, admission, now):
             return None, False
         if admission.staging:
@@ -410,6 +410,7 @@ class SchedulerHalf:
             self.loading.parks(tracked)
             self._expect(job, tracked, tokens)
             return
+        self.loading.loads(tracked, local + tokens)
         if coming:
             self.loading.lands(tracked)
             self._unsure.began(job, local // self._block_tokens, ids, self._admissions)

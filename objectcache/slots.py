@@ -6,13 +6,14 @@ import weakref
 
 import torch
 
-from objectcache.ring import PROGRESS_BYTES, progress_offset
+from objectcache.ring import NOT_BEGUN, PROGRESS_BYTES, progress_offset
 
 
 class HostSlots:
     """The memory of the ring: `slots` rows of `slot_bytes`, pinned if a GPU copies from it.
 
-    Behind them is `progress`, for each slot how many leading layers of what is read there may be used.
+    Behind them is `progress`, for each slot how many leading layers of what is read there may be used, and
+    NOT_BEGUN before its header is verified.
     With `shared` another process can map it, by `descriptor`. Raises OSError if there is no such memory.
     `close` ends what others see of it, and the pinning; the bytes go with the last who looks at them.
     """
@@ -27,8 +28,8 @@ class HostSlots:
         else:
             memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         self.tensor = memory[: slots * slot_bytes].view(slots, slot_bytes)
-        self.progress = memory[behind:].view(torch.uint16).numpy()
-        self.progress[:] = 0
+        self.progress = memory[behind:].view(torch.int16).numpy()
+        self.progress[:] = NOT_BEGUN
         self._views = [memoryview(row) for row in self.tensor.numpy()]
 
     def _shared(self, size: int, pinned: bool) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from objectcache.arrival import Arrivals, Coming
 from objectcache.compute import ComputeModel, Costs, Estimate, Work, decodes, first_pass, prefill
 from objectcache.flow import StoreModel
+from objectcache.lead import NO_LEAD, Lead
 from objectcache.moment import (
     BUS_BYTES_PER_S,
     JUST_IN_TIME,
@@ -33,7 +34,7 @@ LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 class _Job:
     coming: Coming
     chunks: int
-    ready: int = 0
+    ready: int = -1
     landed: int = 0  # bytes
     seen: deque[tuple[float, int]] = field(default_factory=deque)  # lately, what had landed then
     reports: list[tuple[int, int, int]] = field(
@@ -75,6 +76,7 @@ class Timely:
         self.admits = admits
         self.ranks = ranks
         self.compute = ComputeModel(costs) if costs is not None else ComputeModel()
+        self.lead = Lead(ranks)
         self.store = store or StoreModel()  # until anything was read
         self.wire: Wire | None = None  # as the workers measured it; None until they read something
         self._wires: dict[int, Wire] = {}  # by shard
@@ -103,7 +105,8 @@ class Timely:
         self._jobs[job] = found
 
     def seen(self, job: int, chunks: int, ready: int, layers: int, now: float) -> None:
-        """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`."""
+        """One rank has `layers` layers of the job's chunks, all together, and of each the first `ready`;
+        less than none if it lacks the header of one."""
         found = self._jobs.get(job)
         if found is None:
             return  # admitted or released meanwhile
@@ -116,8 +119,10 @@ class Timely:
             self.forget(job)  # there is no room for all of it
             return
         landed = layers * sum(self._slice_bytes) // len(self._slice_bytes)
+        if found.ready < 0 <= ready:
+            found.coming.begun(now)
         found.ready, found.landed = max(found.ready, ready), max(found.landed, landed)
-        found.coming.seen(now, landed, ready)
+        found.coming.seen(now, landed, max(0, ready))
         found.note(now)
 
     def next_reports(self) -> None:
@@ -140,12 +145,15 @@ class Timely:
         beside: int = 0,
     ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
-        known that all of its chunks are right. While it is `alone` on the GPU a short stall is nobody's
+        known that all of its chunks are right: by their first layers; or, where a lead is known in which
+        those come, by their headers. While it is `alone` on the GPU a short stall is nobody's
         loss: its pass ends no later for having begun too early. With others `beside` it the bus may be."""
         found = self._jobs.get(job)
-        if found is None or found.ready < 1:
+        lead = self.lead.seconds(self._first_tokens(prompt_tokens, loaded_tokens))
+        least = 0 if mode == JUST_IN_TIME and lead.mean_s else 1
+        if found is None or found.ready < least:
             return None
-        when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone)
+        when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone, lead)
         if mode != JUST_IN_TIME or not beside:
             return when
         total_bytes = found.chunks * sum(self._slice_bytes)
@@ -154,8 +162,9 @@ class Timely:
     def expected(
         self, job: int, prompt_tokens: int, loaded_tokens: int, now: float, early: bool = True
     ) -> Moment | None:
-        """The same, as far as that can be said at any time; None of a job that is not followed. `early`
-        is whether it may be admitted before all is there, if any may."""
+        """The same, as far as that can be said at any time, and without a lead: when its pass may begin.
+        None of a job that is not followed. `early` is whether it may be admitted before all is there, if
+        any may."""
         found = self._jobs.get(job)
         if found is None:
             return None
@@ -187,13 +196,15 @@ class Timely:
         now: float,
         mode: str,
         alone: bool = False,
+        lead: Estimate = NO_LEAD,
     ) -> Moment:
         layer_s = self._layer_s(prompt_tokens, loaded_tokens)
         copy_s = self._copy_s(job.chunks)
         arrivals = job.coming.arrivals(now)
-        found = moment(arrivals, now, layer_s, copy_s, mode)
+        found = moment(arrivals, now, layer_s, copy_s, mode, lead=lead)
         if alone and mode == JUST_IN_TIME and not found.due(now):
-            stalls_s = stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
+            begins_s = now + lead.mean_s
+            stalls_s = stall_s(begins_s, arrivals.mean_s, layer_s.mean_s, copy_s)
             if early(found, now, stalls_s, next_ask_s=0.0, others=0):
                 # Sooner than is expected to be in time, so that the margin is below zero.
                 expected_s = found.at_s - found.margin_s
@@ -204,6 +215,10 @@ class Timely:
         """To compute one in the first pass."""
         work = first_pass(prompt_tokens - loaded_tokens, loaded_tokens, self.pass_tokens)
         return self.compute.seconds(work).over(len(self._slice_bytes))
+
+    def _first_tokens(self, prompt_tokens: int, loaded_tokens: int) -> int:
+        """That have blocks in the first pass."""
+        return min(prompt_tokens, loaded_tokens + self.pass_tokens)
 
     def _copy_s(self, chunks: int) -> float:
         return max(self._slice_bytes) * chunks / self._bus_bytes_per_s
@@ -232,6 +247,7 @@ class Timely:
         self, step: int, requests: Mapping[str, tuple[int, int]] | None, now: float
     ) -> None:
         """A step computes, of each request, so many tokens behind so many; None: that is not known."""
+        self.lead.scheduled(step, now, self._is_quiet())
         if requests is None:
             self._steps.append((step, None, now))
             return
@@ -241,6 +257,17 @@ class Timely:
             work = work.beside(one)
         if work.tokens:
             self._steps.append((step, work._replace(passes=1), now))
+
+    def loads(self, prompt_tokens: int, loaded_tokens: int, asked_s: float) -> None:
+        """The step that is scheduled next loads, in it, what was asked for then. Of it these are the tokens."""
+        self.lead.asked(self._first_tokens(prompt_tokens, loaded_tokens), asked_s)
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing runs but decodes. Behind a step that loads, or computes a prompt, a worker's host
+        may be held up: the longer the more late layers it waits for."""
+        if self._steps and self._steps[0][0] <= self.lead.last_step:
+            return False
+        return all(work is not None and not work.pairs for _, work, _ in self._steps)
 
     def stepped(self, step: int, waited: bool, now: float) -> None:
         """The results of a step are there. One that `waited` for layers, on any rank, is not timed.

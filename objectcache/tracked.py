@@ -27,6 +27,7 @@ class Tracked:
     admission_number: int = 0
     misled: bool = False  # it computed on bytes that did not come: nothing of it is saved
     local_tokens: int = 0  # what vLLM had itself when it asked last
+    asked_s: float = 0.0  # and when that was
     found: int = 0  # chunks that the store was found to have
     looked_at: float = 0.0
     chosen: bool = False  # how many of them to load

@@ -16,7 +16,7 @@ from objectcache.admission import STAGE_GRACE_S
 from objectcache.ahead import Ahead
 from objectcache.config import Options
 from objectcache.device import Copies, open_copies
-from objectcache.errors import Corrupt, Misconfigured, NotFound, ObjectCacheError
+from objectcache.errors import Corrupt, NotFound, ObjectCacheError
 from objectcache.format import ObjectLayout
 from objectcache.late import Coming as LateLoad
 from objectcache.late import Late
@@ -38,7 +38,7 @@ from objectcache.movers import Movers, most_chunks
 from objectcache.movers import split as split_berth
 from objectcache.parked import Parked, split
 from objectcache.report import Reporter, log
-from objectcache.ring import Ring, shares
+from objectcache.ring import Ring, shares, slots_in
 from objectcache.runs import Run, lying_at
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
@@ -92,7 +92,7 @@ class WorkerHalf:
             shards=shards,
             slice_bytes=tuple(page.shape[1] * chunk_blocks for page in pages),
         )
-        loads, saves = shares(_slots_of(options, self._layout.object_bytes))
+        loads, saves = shares(slots_in(options.ring_bytes, self._layout.object_bytes))
         self._save_ring = Ring(saves)
         apart = max(1, len(loads) // STREAM_SHARE) if streams else 0
         self._namespace: tuple[str, bytes] = ("", b"")
@@ -178,6 +178,8 @@ class WorkerHalf:
             jobs = [load.job for load in loads]
             self._pass = PassTimes(self._commands.step, jobs, time.monotonic())
         runs = [(load.job, self._runs(load)) for load in loads]
+        if self._commands.step:  # from now on a layer that is there is copied
+            self._reports.needed.append((self._commands.step, time.monotonic()))
         self._copies.submit_loads(runs, self._late if self._late.jobs() else None)
         if not hooks_fire:
             self._copies.wait_all()
@@ -272,7 +274,8 @@ class WorkerHalf:
             if not short and job not in self._loading:
                 progress = self._slots.progress[slots]
                 ready = int(progress.min(initial=layers))
-                found.append(Coming(job, len(slots), ready, int(progress.sum(dtype=int))))
+                landed = int(np.maximum(progress, 0).sum(dtype=int))
+                found.append(Coming(job, len(slots), ready, landed))
         return found
 
     def stats(self) -> ObjectCacheStats | None:
@@ -485,14 +488,3 @@ def _open_processes(berth: Berth, count: int) -> tuple[HostSlots, Mover, int]:
         slots.close()
         raise
     return slots, each[0] if len(each) == 1 else Movers(each), most_chunks(parts)
-
-
-def _slots_of(options: Options, object_bytes: int) -> int:
-    slots = options.ring_bytes // object_bytes
-    if slots < 2:
-        raise Misconfigured(
-            f"ring_bytes={options.ring_bytes} holds {slots} chunks of {object_bytes} bytes; it "
-            "must hold two at least.",
-            f"raise ring_bytes to {2 * object_bytes} or more, or lower chunk_tokens.",
-        )
-    return slots

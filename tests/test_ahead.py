@@ -142,7 +142,7 @@ class Held:
 @pytest.mark.parametrize("how", ["whole", "lost", "stopped"])
 def test_nobody_goes_on_before_its_last_copy_has_ended(how: str) -> None:
     """vLLM gives blocks to others then, and the mover the slots."""
-    copies, progress = Held(4), np.full(8, LAYERS, np.uint16)
+    copies, progress = Held(4), np.full(8, LAYERS, np.int16)
     ahead = Ahead(copies, progress, [256] * LAYERS, CHUNK_BLOCKS, LIMIT_S, lambda: 0.0)  # type: ignore[arg-type]
     ahead.begin(1, "r", RUNS, 0)
     ahead.carry()
@@ -166,7 +166,7 @@ def test_a_step_begins_about_as_much_as_the_bus_can_bring_in_one(
 ) -> None:
     """And each part once, layer by layer within its load, whatever the steps are."""
     slice_bytes = 20 << 20  # of a chunk of 4 blocks
-    copies, progress, now = Held(4), np.full(16, LAYERS, np.uint16), 0.0
+    copies, progress, now = Held(4), np.full(16, LAYERS, np.int16), 0.0
     ahead = Ahead(copies, progress, [slice_bytes] * LAYERS, CHUNK_BLOCKS, LIMIT_S, lambda: now)  # type: ignore[arg-type]
     for job, (chunks, _) in enumerate(loads):
         runs = [Run(at, 0, [4 * at, 4 * at + 1, 4 * at + 2, 4 * at + 3]) for at in range(chunks)]

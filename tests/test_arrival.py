@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from store_sim import SimulatedStore, Timeline
 
 from objectcache.arrival import FORGET_S, Coming, WireRate, latest_first_byte_s
-from objectcache.compute import H100_8B, Work, first_pass, prefill
+from objectcache.compute import H100_8B, Estimate, Work, first_pass, prefill
 from objectcache.flow import StoreModel
+from objectcache.lead import NO_LEAD, Lead
 from objectcache.moment import stall_s
 from objectcache.timely import Timely
+from objectcache.wire import Wire
 
 MIB = 1 << 20
 LAYERS = 32
@@ -323,3 +325,100 @@ def test_two_words_of_one_rank_are_not_those_of_two() -> None:
     assert found is not None
     timely.forget(1)
     assert timely.when(1, 3000, 2560, 0.06) is None
+
+
+# ---- a lead, in which the first layer comes
+
+WIRE = 14e9
+FULL = StoreModel(0.01, 0.05, 2e8, wire_bytes_per_s=WIRE)
+
+
+def test_a_first_layer_is_expected_when_the_last_stream_has_its_share() -> None:
+    """100 streams flow since 0.01, one of them since 0.2 only: of the bytes that came nothing tells of it."""
+    one = coming(100, FULL)
+    layer_s = 100 * MIB / WIRE
+    for hundredth in range(1, 21):
+        one.seen(hundredth / 100, int(WIRE * (hundredth / 100 - 0.01)), 0)
+    assert one.arrivals(0.2).mean_s[0] <= 0.201
+    one.begun(0.2)
+    assert one.arrivals(0.2).mean_s[0] - 0.2 == pytest.approx(layer_s, rel=0.1)
+    overdue = one.arrivals(0.2 + 3 * layer_s)
+    assert overdue.mean_s[0] - 0.2 == pytest.approx(5 * layer_s, rel=0.1)
+    assert overdue.sigma_s[0] >= 1.9 * layer_s, "nobody knows"
+    one.seen(0.21, int(WIRE * 0.2), 1)
+    assert one.arrivals(0.21).mean_s[0] == 0.21
+
+
+class Knows(Lead):
+    """Of any request as much."""
+
+    def __init__(self, lead: Estimate) -> None:
+        super().__init__()
+        self.lead = lead
+
+    def seconds(self, tokens: int) -> Estimate:
+        return self.lead
+
+
+Report = tuple[
+    float, int, int
+]  # when, what had landed, and how many leading layers; -1 without a header
+
+
+def streams(
+    seed: int, begin_s: float, share: float, wire: float
+) -> tuple[list[Report], list[float]]:
+    """Chunks that begin at any time and share a wire, about equally: what is seen each 2 ms, and when each
+    layer is there."""
+    chance, step_s, now, chunks = random.Random(seed), 0.001, 0.0, 56
+    begin = [0.008 + chance.lognormvariate(math.log(begin_s), 0.5) for _ in range(chunks)]
+    weight = [math.exp(chance.gauss(0, share)) for _ in range(chunks)]
+    came, reports, ready_at = [0.0] * chunks, [], []
+    while len(ready_at) < LAYERS:
+        now += step_s
+        flow = [n for n in range(chunks) if begin[n] <= now and came[n] < LAYERS * 4 * MIB]
+        all_weight = sum(weight[n] for n in flow)
+        for n in flow:
+            came[n] += min(wire * step_s * weight[n] / all_weight, LAYERS * 4 * MIB - came[n])
+        ready = int(min(came) // (4 * MIB))
+        ready_at += [now] * (ready - len(ready_at))
+        landed = sum(int(size // (4 * MIB)) for size in came)
+        reports.append((now, landed, ready if max(begin) <= now else -1))
+    return reports[1::2], ready_at
+
+
+def begins_s(reports: list[Report], known: Estimate, takes_s: float, alone: bool) -> float:
+    """When its pass can use a layer, if that is so long after it was let go."""
+    timely = Timely([4 * MIB] * LAYERS, BUDGET)
+    for _ in range(8):
+        timely.compute.timed(first_pass(PROMPT - HIT, HIT, BUDGET), 0.64)
+    timely.lead = Knows(known)
+    timely.heard(0, Wire(FULL, 56))
+    timely.began(1, 56, 0.0)
+    for now, landed, ready in reports:
+        timely.seen(1, 56, ready, landed, now)
+        found = timely.when(1, PROMPT, HIT, now, alone=alone)
+        if found is not None and found.due(now):
+            break
+    return now + takes_s
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("begin_s", "share", "wire"),
+    [(0.02, 0.05, WIRE), (0.05, 0.05, WIRE), (0.02, 0.1, WIRE), (0.02, 0.05, 0.85 * WIRE)],
+)
+def test_with_a_lead_a_pass_begins_sooner_and_waits_for_no_layer(
+    begin_s: float, share: float, wire: float, alone: bool
+) -> None:
+    lead, won = Estimate(0.025, 0.0025), []
+    for seed in range(5):
+        reports, ready_at = streams(seed, begin_s, share, wire)
+        before = begins_s(reports, NO_LEAD, lead.mean_s, alone)
+        after = begins_s(reports, lead, lead.mean_s, alone)
+        stalls_s = stall_s(after, ready_at, 0.64 / LAYERS)
+        assert stalls_s <= (0.05 if alone else 0.001)
+        before += stall_s(before, ready_at, 0.64 / LAYERS)
+        won.append(before - after - stalls_s)
+    # Who is alone had begun before its time anyhow, where the wire is slow.
+    assert mean(won) >= (0.004 if alone and wire < WIRE else 0.010) and min(won) >= -1e-9

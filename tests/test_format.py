@@ -222,6 +222,27 @@ def test_a_layer_counts_as_soon_as_its_last_byte_landed() -> None:
     assert verifier.complete
 
 
+@pytest.mark.parametrize("flip", [None, 5])
+def test_a_right_header_is_told_of_and_a_wrong_one_is_not(flip: int | None) -> None:
+    buffer = bytearray(golden("v1-three-layers-shard1of2"))
+    if flip is not None:
+        buffer[flip] ^= 1
+    told: list[int] = []
+    verifier = Verifier(TP2, HASH, memoryview(buffer), told.append)
+    first = verifier.part(0, 1)
+    first.landed(TP2.header_bytes - 1)
+    assert told == []
+    if flip is not None:
+        with pytest.raises(Corrupt):
+            first.landed(TP2.header_bytes)
+        assert told == []
+        return
+    first.landed(TP2.header_bytes)
+    assert told == [0]
+    first.landed(first.span.stop)
+    assert told == [0, 1]
+
+
 def test_a_corrupt_layer_stays_corrupt() -> None:
     buffer = bytearray(golden("v1-three-layers-shard1of2"))
     buffer[TP2.offsets[1]] ^= 1

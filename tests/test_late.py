@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from objectcache.late import Coming, Late
+from objectcache.ring import NOT_BEGUN
 
 LAYERS = 4
 
@@ -29,7 +30,7 @@ class Clock:
 class Rig:
     def __init__(self) -> None:
         self.clock = Clock()
-        self.progress = np.zeros(8, np.uint16)
+        self.progress = np.zeros(8, np.int16)
         self.late = Late(self.progress, LAYERS, 1.0, self.clock.hear, self.clock, self.clock.sleep)
 
     def begin(self, job: int, slots: list[int], first: int = 0) -> Coming:
@@ -55,6 +56,19 @@ def test_nothing_to_wait_for(rig: Rig) -> None:
     assert rig.late.layers_ready() == 3
     rig.late.wait(2)
     assert rig.clock.now == 0.0 and rig.late.waits == 0
+
+
+def test_what_has_not_begun_has_no_layer_and_is_waited_for(rig: Rig) -> None:
+    rig.begin(1, [0, 1])
+    rig.progress[[0, 1]] = (2, NOT_BEGUN)
+    assert rig.late.layers_ready() == 0
+    rig.later(0.2, 1, 0)
+    rig.later(0.3, 1, 1)
+    rig.late.wait(0)
+    assert 0.3 <= rig.clock.now < 0.4 and not rig.late.failed_blocks
+    rig.progress[1] = NOT_BEGUN
+    rig.late.wait(0)
+    assert rig.late.lost_jobs == [1], "not for ever"
 
 
 def test_it_waits_for_the_last_chunk_of_all_loads(rig: Rig) -> None:

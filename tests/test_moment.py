@@ -60,19 +60,21 @@ costs = st.one_of(st.just(0.0), st.floats(0.0, 0.3))
 
 
 @settings(max_examples=400, deadline=None)
-@given(times, costs, costs, st.floats(0.0, 3.0))
+@given(times, costs, costs, st.floats(0.0, 3.0), costs)
 def test_just_in_time_is_the_earliest_start_that_waits_for_nothing(
-    arrivals: tuple[float, ...], layer_s: float, copy_s: float, now: float
+    arrivals: tuple[float, ...], layer_s: float, copy_s: float, now: float, lead_s: float
 ) -> None:
     expected = Arrivals(arrivals, tuple([0.001] * len(arrivals)))
-    found = moment(expected, now, Estimate(layer_s, 0.0), copy_s, margin=NONE)
-    assert found.at_s == pytest.approx(earliest(now, arrivals, layer_s, copy_s), abs=1e-6)
+    lead = Estimate(lead_s, 0.0)
+    found = moment(expected, now, Estimate(layer_s, 0.0), copy_s, margin=NONE, lead=lead)
+    starts_s = found.at_s + lead_s  # of a pass, for a request that is admitted then
+    assert starts_s == pytest.approx(earliest(now + lead_s, arrivals, layer_s, copy_s), abs=1e-6)
     whole = pass_s(len(arrivals), layer_s, copy_s)
     assert whole == pytest.approx(played(0.0, [0.0] * len(arrivals), layer_s, copy_s))
-    assert played(found.at_s, arrivals, layer_s, copy_s) <= found.at_s + whole + 1e-9
+    assert played(starts_s, arrivals, layer_s, copy_s) <= starts_s + whole + 1e-9
     # No start gives an earlier first token: waiting before or inside of the pass is the same.
-    assert played(now, arrivals, layer_s, copy_s) == pytest.approx(found.at_s + whole)
-    for start in (now, now + 0.1, found.at_s):
+    assert played(now + lead_s, arrivals, layer_s, copy_s) == pytest.approx(starts_s + whole)
+    for start in (now, now + 0.1, starts_s):
         stalled = played(start, arrivals, layer_s, copy_s) - start - whole
         assert stall_s(start, arrivals, layer_s, copy_s) == pytest.approx(stalled, abs=1e-9)
 
@@ -86,6 +88,7 @@ def test_just_in_time_is_the_earliest_start_that_waits_for_nothing(
     st.floats(0.0, 0.05),
     st.floats(0.0, 4.0),
     st.floats(0.0, 0.1),
+    st.builds(Estimate, costs, st.floats(0.0, 0.05)),
 )
 def test_modes_are_in_order_and_a_margin_only_adds(
     arrivals: tuple[float, ...],
@@ -95,11 +98,12 @@ def test_modes_are_in_order_and_a_margin_only_adds(
     unsure: float,
     more: float,
     seconds: float,
+    lead: Estimate,
 ) -> None:
     expected = Arrivals(arrivals, tuple(sigmas[: len(arrivals)]))
     compute = Estimate(layer_s, unsure)
     at = {
-        (mode, margin): moment(expected, 0.0, compute, copy_s, mode, margin).at_s
+        (mode, margin): moment(expected, 0.0, compute, copy_s, mode, margin, lead).at_s
         for mode in MODES
         for margin in (NONE, Margin(more, seconds))
     }
@@ -107,6 +111,9 @@ def test_modes_are_in_order_and_a_margin_only_adds(
         assert at[mode, NONE] <= at[mode, Margin(more, seconds)] + 1e-12
     for margin in (NONE, Margin(more, seconds)):
         assert 0.0 == at[AT_ONCE, margin] <= at[JUST_IN_TIME, margin] <= at[STAGED, margin]
+        assert at[STAGED, margin] == moment(expected, 0.0, compute, copy_s, STAGED, margin).at_s
+        without = moment(expected, 0.0, compute, copy_s, JUST_IN_TIME, margin).at_s
+        assert at[JUST_IN_TIME, margin] >= without - lead.mean_s - 1e-12
     assert at[STAGED, NONE] == arrivals[-1] or expected.sigma_s[-1] == 0.0
     found = moment(expected, 0.0, compute, copy_s, margin=Margin(more, seconds))
     assert found.margin_s >= 0.0 and found.due(found.at_s)
@@ -124,14 +131,29 @@ def test_a_margin_holds_as_often_as_it_says() -> None:
     for layer_s, sigma_s in ((0.0005, 0.0001), (0.01, 0.001), (0.03, 0.006)):
         mean = tuple(0.03 + 0.01 * layer for layer in range(32))
         expected = Arrivals(mean, tuple(0.05 * at for at in mean))
-        found = moment(expected, 0.0, Estimate(layer_s, sigma_s), margin=Margin(2.0, 0.0))
+        compute, lead = Estimate(layer_s, sigma_s), Estimate(0.025, 0.008)
+        found = moment(expected, 0.0, compute, margin=Margin(2.0, 0.0), lead=lead)
         late = 0
         for _ in range(1000):
             off = chance.gauss(0, 1)
             arrivals = [at * (1 + 0.05 * off) for at in mean]
             computes_s = max(0.0, chance.gauss(layer_s, sigma_s))
-            late += stall_s(found.at_s, arrivals, computes_s) > 1e-6
+            starts_s = found.at_s + max(0.0, chance.gauss(*lead))
+            late += stall_s(starts_s, arrivals, computes_s) > 1e-6
         assert late < 60
+
+
+def test_a_lead_that_is_not_sure_gives_less_than_it_is() -> None:
+    """Its spread is in the margin, however sure all else is."""
+    expected, compute = Arrivals((0.5,) * 4, (1e-6,) * 4), Estimate(0.001, 0.0)
+    at = {
+        sigma_s: moment(
+            expected, 0.0, compute, margin=Margin(2.0, 0.0), lead=Estimate(0.03, sigma_s)
+        ).at_s
+        for sigma_s in (0.0, 0.01, 0.02)
+    }
+    assert at[0.0] == pytest.approx(0.47, abs=1e-4) and at[0.01] == pytest.approx(0.49, abs=1e-4)
+    assert at[0.02] == pytest.approx(0.5, abs=1e-4), "not later than without a lead"
 
 
 def test_it_is_admitted_early_only_if_that_costs_the_others_less() -> None:
@@ -216,5 +238,14 @@ def test_the_reason_can_be_read() -> None:
         "in 20 ms (+-1 ms), the first pass in 80 ms. The margin is 22.9 ms. That is 37.1 ms sooner "
         "than all layers are expected."
     )
+    found = moment(expected, 0.01, Estimate(0.02, 0.001), lead=Estimate(0.025, 0.002))
+    assert found.tell(0.01) == (
+        "Admit in 428 ms (just-in-time): layer 3 of 4 decides, expected in 490 ms; a layer computes "
+        "in 20 ms (+-1 ms), the first pass in 80 ms, and begins 25 ms (+-2 ms) after that. The margin "
+        "is 23.3 ms. That is 61.7 ms sooner than all layers are expected."
+    )
+    assert found.numbers(0.01)["lead_ms"] == 25.0
+    staged = moment(expected, 0.01, Estimate(0.02, 0.001), mode=STAGED, lead=Estimate(0.025, 0.0))
+    assert staged.numbers(0.01)["lead_ms"] == 0.0
     assert "now, possible since" in moment(expected, 0.6, Estimate(0.02, 0.0)).tell(0.7)
     assert math.isfinite(moment(Arrivals((), ()), 1.0, Estimate(0.1, 0.0)).at_s)

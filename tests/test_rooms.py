@@ -28,6 +28,7 @@ MAP: dict[str, str] = {
     "keys": "",
     "plan": "",
     "compute": "",
+    "lead": "",
     "arrival": "",
     "moment": "",
     "worth": "",
@@ -106,6 +107,7 @@ PURE = {
     *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
     *(
         "compute",
+        "lead",
         "arrival",
         "moment",
         "worth",

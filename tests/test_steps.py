@@ -4,8 +4,10 @@ import math
 
 import pytest
 
-from objectcache.compute import ComputeModel, Costs, Work
+from objectcache.compute import ComputeModel, Costs, Estimate, Work
 from objectcache.flow import StoreModel
+from objectcache.lead import Lead
+from objectcache.moment import AT_ONCE, STAGED
 from objectcache.timely import Timely
 from objectcache.wire import Wire
 
@@ -92,6 +94,43 @@ def test_who_is_alone_waits_for_the_first_layer_of_all_its_chunks() -> None:
     one = timely()
     bringing(one, LAYERS, 0.05)
     assert one.when(1, 4000, 3000, 0.05, alone=True) is None
+
+
+class Knows(Lead):
+    """Of any request as much."""
+
+    def seconds(self, tokens: int) -> Estimate:
+        return Estimate(0.05, 0.0)
+
+
+def test_with_a_lead_the_headers_of_all_chunks_are_waited_for_and_no_first_layer() -> None:
+    """A header tells that its object exists, is the right one and comes."""
+    for ranks in ((-1,), (0,), (1,), (0, -1), (0, 0)):
+        for lead in (Lead(), Knows()):
+            one = Timely([SLICE] * LAYERS, 4096, len(ranks))
+            one.lead = lead
+            one.heard(0, Wire(StoreModel(0.001, 0.002, SLICE / 0.1), 8))
+            one.began(1, 8, 0.0)
+            for ready in ranks:
+                one.seen(1, 8, ready, 3, 0.05)
+            least = 0 if isinstance(lead, Knows) else 1
+            assert (one.when(1, 4000, 3000, 0.05) is not None) == (min(ranks) >= least)
+            assert (one.when(1, 4000, 3000, 0.05, alone=True) is not None) == (min(ranks) >= least)
+            for mode in (AT_ONCE, STAGED):  # as before
+                assert (one.when(1, 4000, 3000, 0.05, mode) is not None) == (min(ranks) >= 1)
+
+
+def test_a_first_layer_is_expected_a_share_after_the_last_header() -> None:
+    """Whatever came of the others until then."""
+    one = Timely([SLICE], 4096)
+    one.lead = Knows()
+    one.heard(0, Wire(StoreModel(0.001, 0.002, 80 * SLICE, wire_bytes_per_s=80 * SLICE), 8))
+    one.began(1, 8, 0.0)
+    for hundredth in range(1, 21):
+        one.seen(1, 8, -1, 7 * hundredth // 20, hundredth / 100)
+    one.seen(1, 8, 0, 7, 0.21)
+    when = one.when(1, 4000, 3000, 0.21)
+    assert when is not None and when.arrives_s >= 0.3
 
 
 def test_a_prefix_is_expected_as_the_wire_was_measured() -> None:

@@ -17,6 +17,7 @@ from streamer_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
 from objectcache.flow import StoreModel
+from objectcache.ring import NOT_BEGUN
 from objectcache.stores.base import Pace
 from objectcache.streamer import StageResult
 
@@ -238,8 +239,22 @@ def test_a_layer_is_ready_when_all_chunks_have_it(rig: Rig) -> None:
     assert rig.ready(3) == layers
     rig.stage(4, 5, 6, 7, 8, 9, 10)
     missing = rig.result()
-    assert not missing.slots and rig.ready(4) == 0
+    assert not missing.slots and rig.ready(4) == NOT_BEGUN
     rig.give_back(missing)
+
+
+def test_a_header_tells_that_an_object_comes_before_any_layer_may_be_used(rig: Rig) -> None:
+    rig.fill(1, 2)
+    gates = [threading.Event(), threading.Event()]
+    rig.store.script("read", key(1), gate=gates[0], landing=LAYOUT.header_bytes)
+    rig.store.script("read", key(2), gate=gates[1], landing=LAYOUT.header_bytes - 1)
+    rig.stage(1, 1, 2)
+    assert eventually(lambda: 1 in rig.placed)
+    assert eventually(lambda: [rig.progress[slot] for slot in rig.placed[1]] == [0, NOT_BEGUN])
+    assert rig.ready(1) == NOT_BEGUN
+    for gate in gates:
+        gate.set()
+    check_brought(rig, rig.result(), 1, 2)
 
 
 def test_what_lay_in_a_slot_before_counts_for_nothing(rig: Rig) -> None:
@@ -253,7 +268,7 @@ def test_what_lay_in_a_slot_before_counts_for_nothing(rig: Rig) -> None:
         rig.store.script("read", key(number), gate=gate)
     rig.stage(2, *then)
     assert eventually(lambda: 2 in rig.placed)
-    assert [rig.progress[slot] for slot in rig.placed[2]] == [0] * LOAD_SLOTS
+    assert [rig.progress[slot] for slot in rig.placed[2]] == [NOT_BEGUN] * LOAD_SLOTS
     gate.set()
     check_brought(rig, rig.result(), *then)
     assert rig.ready(2) == len(LAYOUT.slice_bytes)

@@ -202,3 +202,65 @@ def test_a_step_that_waited_on_any_rank_is_not_timed(waits: tuple[bool, bool]) -
     step = scene.loading.scheduled({"b": 1000}, 1.0)
     scene.loading.reported(StepReport(steps=[(step, waited) for waited in waits]), 1.4)
     assert scene.timely.compute.heard == ([] if any(waits) else [1000])  # type: ignore[attr-defined]
+
+
+LEAD_S = 0.05
+
+
+def learns(scene: Scene, ends: bool = True, beside: str = "", computes: int = 900) -> None:
+    """Three requests, each loaded in a step of its own, whose first layer is needed the lead after it was
+    asked for. `ends` is whether the step has ended before the next one; `beside` runs all the time."""
+    for now in (1.0, 2.0, 3.0):
+        ranks = scene.timely.ranks
+        if beside:
+            scene.loading.scheduled({beside: 1}, now)
+        one = scene.has(f"at {now}", 4000, CHUNKS * CHUNK)
+        one.asked_s = now
+        scene.loading.loads(one, CHUNKS * CHUNK)
+        step = scene.loading.scheduled({f"at {now}": computes}, now + LEAD_S / 2)
+        scene.loading.reported(StepReport(needed=[(step, now + LEAD_S)] * ranks), now + 0.5)
+        if ends:
+            scene.loading.reported(StepReport(steps=[(step, False)] * ranks), now + 0.5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_who_is_not_alone_is_let_go_sooner_by_the_lead(ranks: int) -> None:
+    at = {}
+    for knows in (False, True):
+        scene = Scene()
+        if knows:
+            other = Scene(ranks=ranks)
+            learns(other)
+            scene.timely.lead = other.timely.lead
+        scene.has("b", 500, 499).admitted = True
+        at[knows] = scene.admitted_at({"b": 1})
+    assert 0.03 <= at[False] - at[True] <= LEAD_S + 0.011, "by steps of 10 ms, and its spread"
+
+
+def test_of_a_step_behind_one_that_loads_no_lead_is_learned() -> None:
+    """Its worker may have been held up there, by late layers: a lead that grows with them makes others late."""
+    scene = Scene()
+    learns(scene, ends=False, computes=1)  # as few as a decode does
+    assert scene.timely.lead.seconds(4000).mean_s == 0.0
+    learns(scene)
+    assert scene.timely.lead.seconds(4000).mean_s == pytest.approx(LEAD_S)
+
+
+@pytest.mark.parametrize(("name", "learned"), [("b", True), ("c", False), ("unheard of", False)])
+def test_a_lead_is_learned_behind_decodes_and_behind_nothing_else(name: str, learned: bool) -> None:
+    scene = Scene()
+    for other in "bc":
+        scene.has(other, 500, 499)
+    scene.loading.scheduled({"c": 300} if name == "c" else {}, 0.9)
+    learns(scene, beside=name)
+    assert (scene.timely.lead.seconds(4000).mean_s > 0.0) == learned
+
+
+def test_a_prefix_is_expected_without_a_lead() -> None:
+    """What is expected is when its pass begins."""
+    scene, other = Scene(), Scene()
+    learns(other)
+    scene.bring(0.1)
+    before = scene.timely.expected(1, 4000, CHUNKS * CHUNK, 0.1)
+    scene.timely.lead = other.timely.lead
+    assert scene.timely.expected(1, 4000, CHUNKS * CHUNK, 0.1) == before
