@@ -55,6 +55,30 @@ def test_slices_of_a_layer_are_one_piece_each() -> None:
     assert stops_of(marks, marks[-1]) == marks[1:]
 
 
+@pytest.mark.parametrize("with_head", [5000, 100, 0])
+def test_a_first_mark_is_told_however_little_came(with_head: int) -> None:
+    """Of an object it is the header; the rest comes when the test has seen that."""
+    told = threading.Event()
+    size = STEP + 3000
+    marks = [4096, size]
+    stream = Stream(size, marks, lambda n: told.set(), pair=tcp_pair)
+
+    async def scenario(receiver: Receiver) -> None:
+        running = asyncio.ensure_future(receiver.run(stream.exchange, 10))
+        stream.send(0, with_head, head=True)
+        await asyncio.sleep(0.05)
+        stream.send(with_head, 5000)
+        assert await asyncio.to_thread(told.wait, 5)
+        assert stream.seen[0] in (4096, with_head, 5000) and not running.done()
+        stream.send(5000, size)
+        await running
+
+    run(scenario)
+    with stream.closing():
+        assert stream.exchange.end is End.DONE and stream.memory == stream.body
+        assert stream.seen[-1] == size and len(stream.seen) <= 5
+
+
 # ---- order
 
 

@@ -409,12 +409,16 @@ class _Crew:
         exchange.view[: len(first)] = first
         exchange.have = len(first)
         exchange.stops = stops_of(sink.marks, size)
+        if sink.marks and sink.marks[0] < exchange.stops[0]:
+            exchange.stops.insert(
+                0, sink.marks[0]
+            )  # however little that is: it mostly came with the head
         exchange.stop = exchange.stops[0]
         exchange.body = True
         if exchange.have >= exchange.stop:
             self._tell_landed(exchange)
         if not exchange.over:
-            self._set_low_water(exchange, min(LOW_WATER_BYTES, size - exchange.have))
+            self._heed(exchange)
 
     def _fill(self, exchange: Exchange, now: float) -> None:
         came = self._receive(exchange, exchange.view[exchange.have : exchange.stop])
@@ -424,8 +428,8 @@ class _Crew:
         exchange.have += came
         if exchange.have == exchange.stop:
             self._tell_landed(exchange)
-        if not exchange.over and (left := len(exchange.view) - exchange.have) < exchange.low_water:
-            self._set_low_water(exchange, left)
+        if not exchange.over:
+            self._heed(exchange)
 
     def _receive(self, exchange: Exchange, into: memoryview) -> int:
         """Bytes that came; 0 if the exchange is over, -1 if there are none now."""
@@ -453,6 +457,13 @@ class _Crew:
             self._over(exchange, End.DONE)
         else:
             exchange.stop = exchange.stops[exchange.level]
+
+    def _heed(self, exchange: Exchange) -> None:
+        """Be woken when much has come, or all that is left, or what is told first."""
+        left = (exchange.stop if exchange.level == 0 else len(exchange.view)) - exchange.have
+        count = min(LOW_WATER_BYTES, left)
+        if count != exchange.low_water:
+            self._set_low_water(exchange, count)
 
     def _set_low_water(self, exchange: Exchange, count: int) -> None:
         assert exchange.sock is not None
