@@ -4,7 +4,7 @@ All state belongs to the loop.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,32 +94,32 @@ class Reads:
             self._verifier(place, chunk_hash)
             for place, chunk_hash in zip(places, chunk_hashes, strict=True)
         ]
-        reads: list[list[asyncio.Future[None]]] = [[] for _ in places]
         turns = [Turns(turn, self._layout.object_bytes) for _ in places]
-        for chunk, first, last in self._fetches(len(places)):
+        fetches = [*self._fetches(len(places))]
+        alone = len(fetches) == len(places)  # a chunk's only GET needs no task beside the chunk's
+        reads: list[list[Awaitable[None]]] = [[] for _ in places]
+        for chunk, first, last in fetches:
             part = verifiers[chunk].part(first, last)
-            reads[chunk].append(
-                asyncio.ensure_future(self._read_part(places[chunk], part, turns[chunk]))
-            )
+            read = self._read_part(places[chunk], part, turns[chunk])
+            reads[chunk].append(read if alone else asyncio.ensure_future(read))
         for place, verifier, parts, wanted in zip(places, verifiers, reads, turns, strict=True):
-            self._bring_soon(place, verifier, parts, wanted)
+            self._bring_soon(place, verifier, parts[0] if alone else _all_of(parts), wanted)
 
     def start_whole(self, place: Place, chunk_hash: bytes, turn: Turn) -> None:
         """Read one chunk by one GET: of chunks that are wanted one after the other the first counts."""
         verifier = self._verifier(place, chunk_hash)
         part = verifier.part(0, len(self._layout.slice_bytes))
         turns = Turns(turn, self._layout.object_bytes)
-        read = asyncio.ensure_future(self._read_part(place, part, turns))
-        self._bring_soon(place, verifier, [read], turns)
+        self._bring_soon(place, verifier, self._read_part(place, part, turns), turns)
 
     def _bring_soon(
         self,
         place: Place,
         verifier: Verifier,
-        reads: "list[asyncio.Future[None]]",
+        read: Awaitable[None],
         turns: Turns,
     ) -> None:
-        work = self._loop.spawn(self._bring(place, verifier, reads))
+        work = self._loop.spawn(self._bring(place, verifier, read))
         self._chunks[place] = Chunk(verifier, work, turns)
 
     def _fetches(self, chunks: int) -> Iterable[tuple[int, int, int]]:
@@ -143,21 +143,10 @@ class Reads:
         turns.landed(part.span.stop - part.span.start)
 
     async def _bring(
-        self, place: Place, verifier: Verifier, reads: "list[asyncio.Future[None]]"
+        self, place: Place, verifier: Verifier, read: Awaitable[None]
     ) -> BaseException | None:
-        """Wait for a chunk's reads and return why it failed; its slot is held until the last has ended."""
-        error: BaseException | None = None
-        try:
-            await asyncio.wait(reads, return_when=asyncio.FIRST_EXCEPTION)
-        except asyncio.CancelledError as cancelled:
-            error = cancelled
-        for read in reads:
-            read.cancel()
-        failures = [failure for failure in await _outcomes(reads) if failure is not None]
-        # The first to fail had the others cancelled.
-        failures.sort(key=lambda failure: isinstance(failure, asyncio.CancelledError))
-        if error is None and failures:
-            error = failures[0]
+        """Wait for what is read of a chunk and return why it failed; its slot is held until that has ended."""
+        error = await _failure_of(read)
         if error is None and not verifier.complete:
             error = Corrupt(f"{place.key} ended before its last layer.")
         if error is None:
@@ -178,6 +167,32 @@ class Reads:
 
     def _view(self, place: Place) -> memoryview:
         return self._slot_view(place.slot)[: self._layout.object_bytes]
+
+
+async def _failure_of(read: Awaitable[None]) -> BaseException | None:
+    """Why it failed. (In a frame of its own, which does not keep it: none is left for the collector.)"""
+    try:
+        await read
+    except (Exception, asyncio.CancelledError) as failure:
+        return failure
+    return None
+
+
+async def _all_of(parts: Sequence[Awaitable[None]]) -> None:
+    """Wait for several reads, which are under way. When one has failed, or who waits is cancelled, the others
+    are cancelled; then, or that, is raised once the last has ended."""
+    reads: list[asyncio.Future[None]] = [asyncio.ensure_future(part) for part in parts]
+    failures: list[BaseException] = []
+    try:
+        await asyncio.wait(reads, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        for read in reads:
+            read.cancel()
+        failures += [failure for failure in await _outcomes(reads) if failure is not None]
+    # The first to fail had the others cancelled.
+    failures.sort(key=lambda failure: isinstance(failure, asyncio.CancelledError))
+    if failures:
+        raise failures[0]
 
 
 async def _outcomes(reads: "list[asyncio.Future[None]]") -> "list[BaseException | None]":

@@ -146,7 +146,7 @@ BROAD = {
     ("stores.receiver", "_outlast"): "a thread may still write to the caller's memory",
     ("streamer", "_run"): "the job ends all the same and gives its slots back",
     ("through", "_run"): "the stream ends all the same and gives its slots back",
-    ("reading", "_bring"): "the slot is held until its reads have ended",
+    ("reading", "_failure_of"): "the slot is held until its reads have ended",
     ("reading", "_outcomes"): "reads may still write to slots",
     ("stores.s3_obstore", "_take"): "its caller raises it again, on the loop",
     ("stores.hedged", "end"): "a thread may still write to the caller's memory",

@@ -1,10 +1,11 @@
 """The way in: what a stage job brings, leaves out and gives back, whatever the store does."""
 
+import asyncio
 import threading
 import time
 
 import pytest
-from fakes import LAYOUT, eventually, loop_thread, sealed
+from fakes import LAYOUT, ScriptedStore, eventually, loop_thread, sealed
 from streamer_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     LOAD_SLOTS,
     POISON,
@@ -401,6 +402,23 @@ def test_cancel_at_any_turn_of_the_loop(rig: Rig, turns: int) -> None:
     result = rig.result()
     if result.slots:
         check_brought(rig, result, 1, 2)
+
+
+def test_a_chunk_that_one_get_brings_costs_one_task() -> None:
+    tasks: set[object] = set()
+
+    class Counting(ScriptedStore):
+        async def read(self, *args, **kwargs) -> None:
+            tasks.update(asyncio.all_tasks())
+            await super().read(*args, **kwargs)
+
+    with loop_thread() as loop:
+        rig = Rig(loop, store=Counting())
+        rig.fill(1, 2, 3, 4, 5)
+        rig.stage(1, 1, 2, 3, 4, 5)
+        check_brought(rig, rig.result(), 1, 2, 3, 4, 5)
+        assert len(tasks) == 5 + 1  # the job waits for its chunks
+        assert eventually(rig.quiet)
 
 
 def test_cancel_while_chunks_arrive(rig: Rig) -> None:
