@@ -75,8 +75,7 @@ class Exchange:
         self.have = 0  # bytes of the body that are in the sink
         # What follows is the thread's.
         self.unsent = request
-        self.reader = HeadReader()
-        self.view = memoryview(b"")
+        self.reader, self.view = HeadReader(), memoryview(b"")
         self.landed: Callable[[int], None] | None = None
         self.body = False  # the head is there and `view` is being filled
         self.stops: list[int] = []
@@ -88,8 +87,7 @@ class Exchange:
         self.seen = 0.0  # when something happened last
         self.until = 0.0
         self.dropped = False  # set by the loop
-        self.over = False
-        self.heard = False  # the loop knows that it is over
+        self.over = self.heard = False  # `heard`: the loop knows that it is
         self.ended: asyncio.Future[None] | None = None  # the loop's
         self.crew: _Crew | None = None
 
@@ -415,10 +413,7 @@ class _Crew:
             )  # however little that is: it mostly came with the head
         exchange.stop = exchange.stops[0]
         exchange.body = True
-        if exchange.have >= exchange.stop:
-            self._tell_landed(exchange)
-        if not exchange.over:
-            self._heed(exchange)
+        self._heed(exchange)
 
     def _fill(self, exchange: Exchange, now: float) -> None:
         came = self._receive(exchange, exchange.view[exchange.have : exchange.stop])
@@ -426,10 +421,7 @@ class _Crew:
             return
         exchange.seen = now
         exchange.have += came
-        if exchange.have == exchange.stop:
-            self._tell_landed(exchange)
-        if not exchange.over:
-            self._heed(exchange)
+        self._heed(exchange)
 
     def _receive(self, exchange: Exchange, into: memoryview) -> int:
         """Bytes that came; 0 if the exchange is over, -1 if there are none now."""
@@ -459,11 +451,14 @@ class _Crew:
             exchange.stop = exchange.stops[exchange.level]
 
     def _heed(self, exchange: Exchange) -> None:
-        """Be woken when much has come, or all that is left, or what is told first."""
+        """Tell what is there; be woken when much has come, or all that is left, or what is told first."""
+        if exchange.have >= exchange.stop:
+            self._tell_landed(exchange)
+        if exchange.over:
+            return
         left = (exchange.stop if exchange.level == 0 else len(exchange.view)) - exchange.have
-        count = min(LOW_WATER_BYTES, left)
-        if count != exchange.low_water:
-            self._set_low_water(exchange, count)
+        if exchange.low_water != min(LOW_WATER_BYTES, left):
+            self._set_low_water(exchange, min(LOW_WATER_BYTES, left))
 
     def _set_low_water(self, exchange: Exchange, count: int) -> None:
         assert exchange.sock is not None
