@@ -11,6 +11,7 @@ from typing import Any
 
 from benchmarks import results
 
+_TCP_RULE = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "systems": {"default": "", "help": "names with commas between"},
     "rounds": {"type": int, "default": 3},
@@ -45,11 +46,14 @@ def begin(
 
 
 def versions(names: Iterable[str]) -> dict[str, str]:
-    """Of those that are installed."""
+    """Of those that are installed; and by which rule the kernel paces what a server here sends. Over loopback
+    56 bodies came at 2.6 GB/s by bbr, at 4.8 by cubic (2 cores): compare like with like."""
     found = {}
     for name in names:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
+    if _TCP_RULE.exists():
+        found["tcp"] = _TCP_RULE.read_text().strip()
     return found
 
 

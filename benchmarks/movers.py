@@ -143,7 +143,8 @@ def measure(lab: Lab, slots: HostSlots, case: dict[str, Any], count: int) -> dic
             "stage_timeout_ms": int(LIMIT_S * 1000),
         }
     )
-    whole = Berth(options, layout, chunks, range(chunks), 0, PINNED, case["threads"])
+    # The memory has as many slots as the largest case needs: behind all of them lies what is told of progress.
+    whole = Berth(options, layout, len(slots.progress), range(chunks), 0, PINNED, case["threads"])
     mover = Movers([MoverProcess(p, slots.descriptor) for p in split(whole, case["processes"])])
     mover.enter(SPACE, layout.namespace_digest)
     time.sleep(START_S)

@@ -56,7 +56,15 @@ from benchmarks.command import clean, say
 from benchmarks.served import Served, ServeError
 from benchmarks.servers import ServerError, apart
 from benchmarks.tiny_model import ModelShape, write_model, write_tokenizer
-from benchmarks.ttft_stores import LOCAL, Place, absent, local_place, room_bytes, somebodys_place
+from benchmarks.ttft_stores import (
+    LOCAL,
+    Place,
+    absent,
+    is_local,
+    local_place,
+    room_bytes,
+    somebodys_place,
+)
 from benchmarks.ttft_systems import (
     CHUNK_TOKENS,
     Case,
@@ -371,8 +379,10 @@ def _store(args: argparse.Namespace) -> str:
     if args.bucket:
         return str(args.store or "s3")
     name = args.store or ("seaweedfs" if args.smoke else LOCAL[0])
-    if name not in LOCAL:
-        raise SystemExit(f"no store {name!r}: take {' or '.join(LOCAL)}, or give --bucket.")
+    if not is_local(name):
+        raise SystemExit(
+            f"no store {name!r}: take {', '.join(LOCAL)} or wire-100, or give --bucket."
+        )
     return str(name)
 
 

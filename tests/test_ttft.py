@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from benchmarks.timeline import of, records
 from benchmarks.ttft import Run, sessions
 from benchmarks.ttft_plan import Plan, cases_of, planned, said, told, written
 from benchmarks.ttft_report import write
-from benchmarks.ttft_stores import Move, local_place
+from benchmarks.ttft_stores import Bucket, Move, is_local, local_place
 from benchmarks.ttft_systems import (
     CHUNK_TOKENS,
     Case,
@@ -353,6 +357,25 @@ def test_steps_beside_prefixes_are_compared_with_those_alone() -> None:
 
 
 # ---- stores and processes
+
+
+def test_stores_of_a_run_have_names() -> None:
+    assert all(is_local(name) for name in ("nginx", "seaweedfs", "wire-100"))
+    assert not any(is_local(name) for name in ("minio", "wire-", "wire-x", "wire-0", "100"))
+
+
+def test_all_that_comes_by_a_wire_keeps_its_rate(tmp_path: Path) -> None:
+    """Over a second, with as many connections as there are objects."""
+    tmp_path.chmod(0o755)
+    with local_place("wire-1", tmp_path) as place, ThreadPoolExecutor(8) as threads:
+        body = os.urandom(8 << 20)
+        for number in range(8):
+            place.write(f"kv/{number}", body)
+        began = time.monotonic()
+        keys = [f"kv/{number}" for number in range(8)] * 2
+        read = list(threads.map(partial(Bucket.read, place), keys))
+        assert all(one == body for one in read)
+        assert time.monotonic() - began > 0.8 * 16 * len(body) / 125e6
 
 
 @pytest.mark.parametrize("name", ["nginx", "seaweedfs"])
