@@ -19,7 +19,7 @@ demo: setup
 
 test: setup
 	@$(PYTHON) install.py --ceph
-	@$(RUN) -m pytest $(PYTEST_ARGS)
+	@$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: setup
 	@$(RUN) -m ruff check .

@@ -269,55 +269,23 @@ def test_warm_with_chunked_prefill(warm: list[Report], cold: Report, baseline: R
     assert_nothing_left(warm[1])
 
 
-def test_another_block_size_or_revision_never_hits(
-    model: Path, bucket: Bucket, warm: list[Report], tmp_path: Path
-) -> None:
-    steps = [ask(BASE), *SETTLE, {"do": "metrics"}]
-    other = write_model(tmp_path / "other", seed=1)
+@pytest.fixture(scope="module")
+def others(
+    model: Path, bucket: Bucket, warm: list[Report], tmp_path_factory: pytest.TempPathFactory
+) -> list[Report]:
+    """A third process with a third hash seed: what the next tests look at, in their order."""
     transfer = bucket.transfer()
-    reports = run_engines(
-        [
-            {
-                "kwargs": {"model": str(model), "block_size": 64, "kv_transfer_config": transfer},
-                "steps": steps,
-            },
-            {"kwargs": {"model": str(other), "kv_transfer_config": transfer}, "steps": steps},
-            {"kwargs": {"model": str(model), "kv_transfer_config": transfer}, "steps": steps},
-        ],
-        env=bucket.env(hash_seed=3),
-    )
-    hits = [metric(report, "vllm:objectcache_hit_tokens_total") for report in reports]
-    assert hits == [0, 0, 2000 // CHUNK * CHUNK]
+    on = {"model": str(model), "kv_transfer_config": transfer}
+    once = [ask(BASE), *SETTLE, {"do": "metrics"}]
+    revised = write_model(tmp_path_factory.mktemp("other"), seed=1)
 
-
-def test_preemption(model: Path, bucket: Bucket, warm: list[Report]) -> None:
-    """Three requests of 7 blocks that grow to 9, in a cache of 22."""
+    # Three requests of 7 blocks that grow to 9, in a cache of 22.
     prompts = [BASE[:890], prompt_tokens(890, seed=21), prompt_tokens(890, seed=22)]
-    step = ask(*prompts, sampling={"max_tokens": 150}, pages=False)
-    steps = [FORGET, step, FORGET, step, *SETTLE, {"do": "metrics"}]
-    roomy = {"model": str(model)}
-    tight = roomy | {"num_gpu_blocks_override": 23, "max_model_len": 2048}
-    off, first, second = run_engines(
-        [
-            {"kwargs": roomy, "steps": steps},
-            {
-                "kwargs": tight | {"kv_transfer_config": bucket.transfer(model_id="preempted")},
-                "steps": steps,
-            },
-            {"kwargs": tight | {"kv_transfer_config": bucket.transfer()}, "steps": steps},
-        ],
-        env=bucket.env(hash_seed=4),
-    )
-    for report in (first, second):
-        assert [tokens(step) for step in answers(report)] == [tokens(step) for step in answers(off)]
-        assert metric(report, "vllm:num_preemptions_total") > 0
-        assert metric(report, "vllm:objectcache_hit_tokens_total") > 0
-        assert_nothing_left(report)
+    grow = ask(*prompts, sampling={"max_tokens": 150}, pages=False)
+    grows = [FORGET, grow, FORGET, grow, *SETTLE, {"do": "metrics"}]
+    tight = {"num_gpu_blocks_override": 23, "max_model_len": 2048}
+    preempted = {"kv_transfer_config": bucket.transfer(model_id="preempted")}
 
-
-def test_abort_during_a_load(
-    model: Path, bucket: Bucket, warm: list[Report], cold: Report, baseline: Report
-) -> None:
     aborts = [
         step
         for after, wait_s in ((0, 0.0), (1, 0.0), (2, 0.0), (3, 0.005), (6, 0.0), (10, 0.01))
@@ -331,16 +299,36 @@ def test_abort_during_a_load(
             ),
         )
     ]
-    steps = [*aborts, FORGET, ask(BASE), *SETTLE, {"do": "metrics"}]
-    (report,) = run_engines(
+    return run_engines(
         [
-            {
-                "kwargs": {"model": str(model), "kv_transfer_config": bucket.transfer()},
-                "steps": steps,
-            }
+            {"kwargs": on | {"block_size": 64}, "steps": once},
+            {"kwargs": on | {"model": str(revised)}, "steps": once},
+            {"kwargs": on, "steps": once},
+            {"kwargs": {"model": str(model)}, "steps": grows},
+            {"kwargs": on | tight | preempted, "steps": grows},
+            {"kwargs": on | tight, "steps": grows},
+            {"kwargs": on, "steps": [*aborts, FORGET, ask(BASE), *SETTLE, {"do": "metrics"}]},
         ],
-        env=bucket.env(hash_seed=5),
+        env=bucket.env(hash_seed=3),
     )
+
+
+def test_another_block_size_or_revision_never_hits(others: list[Report]) -> None:
+    hits = [metric(report, "vllm:objectcache_hit_tokens_total") for report in others[:3]]
+    assert hits == [0, 0, 2000 // CHUNK * CHUNK]
+
+
+def test_preemption(others: list[Report]) -> None:
+    off, first, second = others[3:6]
+    for report in (first, second):
+        assert [tokens(step) for step in answers(report)] == [tokens(step) for step in answers(off)]
+        assert metric(report, "vllm:num_preemptions_total") > 0
+        assert metric(report, "vllm:objectcache_hit_tokens_total") > 0
+        assert_nothing_left(report)
+
+
+def test_abort_during_a_load(others: list[Report], cold: Report, baseline: Report) -> None:
+    report = others[6]
     whole = dict(zip(SITUATIONS, answers(baseline), strict=False))
     *aborted, last, _ = answers(report)
     for step in aborted:

@@ -45,14 +45,17 @@ def test_several_that_are_looked_up_are_not_waited_for_one_after_the_other(
     engine: Engines, proxy: FaultProxy, want: list[list[int]]
 ) -> None:
     one = engine(admission="staged")
-    proxy.fault = slow_lookups
-    for seed in range(8):
-        one.add(prompt(200, seed=100 + seed))
-    began = time.monotonic()
-    one.step()
-    assert time.monotonic() - began < 4 * IDLE_WAIT_S
-    proxy.fault = None
-    one.run()
+    took_s = []
+    for group in range(5):  # a busy machine may take longer for one step, and no less
+        proxy.fault = slow_lookups
+        for seed in range(8):
+            one.add(prompt(200, seed=100 + 8 * group + seed))
+        began = time.monotonic()
+        one.step()
+        took_s.append(time.monotonic() - began)
+        proxy.fault = None
+        one.run()
+    assert min(took_s) < 4 * IDLE_WAIT_S
 
 
 def test_beside_others_nobody_waits(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ENGINES
 
 PACKAGE = Path(__file__).parent.parent / "objectcache"
 
@@ -337,6 +338,13 @@ def test_names_outside_the_package_say_something_too() -> None:
 
 def test_files_and_functions_outside_the_package_are_as_short() -> None:
     assert sizes_outside(PACKAGE.parent) == []
+
+
+def test_whole_engines_run_one_after_the_other() -> None:
+    """One that is not named would run beside them, and a bound on time would fail for it."""
+    texts = {path.name: path.read_text() for path in PACKAGE.parent.glob("tests/test_*.py")}
+    starting = "\nfrom benchmarks.engine import run_engines"
+    assert {name for name, text in texts.items() if starting in text} <= set(ENGINES) <= set(texts)
 
 
 # ---- the tester, tested

@@ -348,7 +348,7 @@ def test_no_more_connections_than_allowed(
         await asyncio.gather(*calls, return_exceptions=True)
         await store.close()
 
-    stub.delay_s = 0.02
+    stub.delay_s = 0.05 * max_connections  # long enough for as many to meet, and no longer in all
     with _only(ENV_KEYS, tmp_path):
         asyncio.run(scenario())
     assert stub.busy_max == max_connections

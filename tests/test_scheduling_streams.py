@@ -101,7 +101,10 @@ def test_an_object_that_vanishes_after_its_lookup_ends_the_stream(
     assert one.totals["hit_tokens"] == (7 + which) * CHUNK and one.totals["missing_chunks"] == 1
     one.settle()
     one.forget()
-    assert one.generate(p) == want and one.cached["r3"] == 7 * CHUNK, "saved anew"
+    # Of those behind it knows what found room to be written again: for one chunk it does not ask first.
+    assert one.generate(p) == want and one.cached["r3"] in (6 * CHUNK, 7 * CHUNK)
+    other = engine(layers=60)
+    assert other.generate(p) == want and other.cached["r1"] == 7 * CHUNK, "saved anew"
 
 
 def test_ranks_that_come_to_different_ends(engine: Engines, tmp_path: Path) -> None:
