@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 from objectcache.stores.http1 import Head
 from objectcache.stores.receiver import (
-    LOW_WATER_BYTES,
     Exchange,
     Peer,
     Receiver,
     Sink,
 )
+from objectcache.stores.stops import LOW_WATER_BYTES
 
 KIB, MIB = 1 << 10, 1 << 20
 STEP = LOW_WATER_BYTES  # the least between two stops

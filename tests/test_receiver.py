@@ -21,13 +21,13 @@ from receiver_lab import (
 
 from objectcache.stores.http1 import Head
 from objectcache.stores.receiver import (
-    LOW_WATER_BYTES,
     End,
     Exchange,
     Peer,
     Receiver,
     Sink,
 )
+from objectcache.stores.stops import LOW_WATER_BYTES
 
 # ---- order
 

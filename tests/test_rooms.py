@@ -57,6 +57,7 @@ MAP: dict[str, str] = {
     "stores.base": "",
     "stores.sigv4": "",
     "stores.http1": "",
+    "stores.stops": "",
     "stores.memory": "threads",
     "stores.outlast": "asyncio",
     "stores.local": "asyncio threads clock files chance",
@@ -123,7 +124,7 @@ PURE = {
         "unsure",
         "trace",
     ),
-    *("support", "ring", "shelf", "hedge", "stores.sigv4", "stores.http1"),
+    *("support", "ring", "shelf", "hedge", "stores.sigv4", "stores.http1", "stores.stops"),
 }
 WORLD = {
     "torch": "torch",

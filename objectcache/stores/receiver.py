@@ -19,9 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from objectcache.stores.http1 import Head, HeadReader, NotHttp
+from objectcache.stores.stops import LOW_WATER_BYTES, stops_of
 
-PIECE_BYTES = 1 << 20  # most that is received at once; also between two calls of `landed`
-LOW_WATER_BYTES = 256 << 10  # what the kernel gathers before it wakes us
 FILLS = 2  # bodies served before the sockets are asked again, so that who begins is not behind all
 _SCRATCH_BYTES = 8 << 10  # for a head; what comes of the body with it is copied
 _TICK_S = 0.1  # how often streams are looked after that nothing woke us for
@@ -78,7 +77,7 @@ class Exchange:
         self.reader, self.view = HeadReader(), memoryview(b"")
         self.landed: Callable[[int], None] | None = None
         self.body = False  # the head is there and `view` is being filled
-        self.stops: list[int] = []
+        self.stops: tuple[int, ...] = ()
         self.level = 0  # stops passed
         self.stop = 0
         self.low_water = 1
@@ -90,24 +89,6 @@ class Exchange:
         self.over = self.heard = False  # `heard`: the loop knows that it is
         self.ended: asyncio.Future[None] | None = None  # the loop's
         self.crew: _Crew | None = None
-
-
-def stops_of(marks: Sequence[int], size: int) -> list[int]:
-    """Where receiving stops to tell: at marks, but for those that follow within LOW_WATER_BYTES of
-    another, and in between so that no piece is much larger than PIECE_BYTES. The last is `size`."""
-    stops: list[int] = []
-    last = 0
-    for mark in (*marks, size):
-        end = min(mark, size)
-        gap = end - last
-        if gap < LOW_WATER_BYTES and end < size:
-            continue
-        pieces = max(1, round(gap / PIECE_BYTES))
-        stops.extend(last + gap * i // pieces for i in range(1, pieces + 1))
-        if end == size:
-            break
-        last = end
-    return stops
 
 
 @dataclass(slots=True)
@@ -406,11 +387,7 @@ class _Crew:
         exchange.view, exchange.landed = sink.view, sink.landed
         exchange.view[: len(first)] = first
         exchange.have = len(first)
-        exchange.stops = stops_of(sink.marks, size)
-        if sink.marks and sink.marks[0] < exchange.stops[0]:
-            exchange.stops.insert(
-                0, sink.marks[0]
-            )  # however little that is: it mostly came with the head
+        exchange.stops = stops_of(tuple(sink.marks), size)
         exchange.stop = exchange.stops[0]
         exchange.body = True
         self._heed(exchange)

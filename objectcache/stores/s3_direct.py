@@ -29,10 +29,11 @@ from objectcache.stores.connections import Connections, LookUp, Unresolved
 from objectcache.stores.fill import Fill
 from objectcache.stores.hedged import Leg, Lost
 from objectcache.stores.http1 import Head
-from objectcache.stores.receiver import PIECE_BYTES, End, Exchange, Peer, Receiver, Sink
+from objectcache.stores.receiver import End, Exchange, Peer, Receiver, Sink
 from objectcache.stores.s3 import Address, Credentials, S3Store
 from objectcache.stores.s3_errors import Verdict, judge, judge_answer, unreachable
 from objectcache.stores.sigv4 import Signer, host_header, quoted
+from objectcache.stores.stops import PIECE_BYTES
 
 _LOG = logging.getLogger("vllm.objectcache.stores")  # only below "vllm" is there a handler
 # Of one process. Measured on 16 cores in the process of an engine that decodes: 4 threads brought 4.4 GB/s and made its median
