@@ -360,7 +360,7 @@ def test_the_readme_says_what_is_verified_and_moved_when() -> None:
     assert default.mover == "auto" and default.admission == moment.STAGED
     assert "processes of their own move the bytes by default" in text
     assert "is not there yet" not in text and "the way from S3 does not yet" not in text
-    assert "only the first layer of all chunks is verified before vLLM is told" in text
+    assert "only the first layer of all chunks, or just their headers" in text
     for name in ("timely_prompts", "failed_prompts"):
         assert "just in time or at once" in metrics.COUNTERS[name]
 
