@@ -256,6 +256,19 @@ def test_servers_run_on_the_cores_that_are_theirs(tmp_path: Path) -> None:
     assert done.stdout == "{}\n"  # they are this process's own as well
 
 
+def test_a_lane_has_its_gpu_cores_and_caches(tmp_path: Path) -> None:
+    first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+    script = (
+        "import os; from benchmarks.servers import cores; "
+        "print(os.sched_getaffinity(0), cores(), os.environ['CUDA_VISIBLE_DEVICES'], os.environ['VLLM_CACHE_ROOT'])"
+    )
+    lane = Path(__file__).parent.parent / "benchmarks" / "lane.sh"
+    command = [str(lane), "3", str(first), str(last), sys.executable, "-c", script]
+    env = os.environ | {"OBJECTCACHE_LANE_CACHES": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split("\n")[0] == f"{ {first} } { {last} } 3 {tmp_path / '3'}"
+
+
 def test_second_requests_are_measured_beside_none(tmp_path: Path) -> None:
     """Enough reads to know the store by, and each line says what it cost."""
     out = tmp_path / "hedges.jsonl"
