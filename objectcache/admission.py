@@ -122,6 +122,12 @@ class Admission:
             self.phase = Phase.READY
             self.coming = True
 
+    def falls_short(self) -> None:
+        """Not all of the job comes: nothing of it is claimed before it is known how much."""
+        if self.phase is Phase.READY and self.coming:
+            self.phase = Phase.STAGING
+            self.coming = False
+
     def limit(self, chunks: int, local_tokens: int) -> None:
         """No more than so many chunks after these tokens are to be loaded, although more exist."""
         if self.phase is Phase.FOUND:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from objectcache.ring import FAILED
+
 POLL_S = 50e-6
 
 
@@ -113,7 +115,8 @@ class Late:
                 continue
             missing = self._progress[load.slots] <= layer
             ended = load.came is not None and missing[load.came :].any()
-            if missing.any() and (late or ended):
+            failed = (self._progress[load.slots] == FAILED).any()
+            if missing.any() and (late or ended or failed):
                 load.lost = True
                 self.lost += 1
                 self.lost_jobs.append(load.job)

@@ -20,7 +20,7 @@ from objectcache.turns import Turns
 from objectcache.worth import Choice
 
 DOUBT, DOUBT_S = 4.0, 0.25  # times what is expected to be left of a load, and seconds
-MOMENT_LEAST_S = 0.002  # between two looks at when a request may be admitted
+MOMENT_LEAST_S, MOMENT_MOST_S = 0.002, 0.05  # between two looks at when a request may be admitted
 DOUBTED_S, DOUBTED_MAX = 60.0, 10_000  # chunks of loads that were lost
 CHOICES = 8  # in a step: each takes a millisecond
 
@@ -226,7 +226,7 @@ class Loading:
                 return
             # To look costs a fraction of a millisecond, and many may be on their way.
             waits_s = moment.at_s - now if moment is not None else 0.0
-            tracked.next_moment_s = now + max(MOMENT_LEAST_S, waits_s / 8)
+            tracked.next_moment_s = now + min(MOMENT_MOST_S, max(MOMENT_LEAST_S, waits_s / 8))
         if self.choosing is not None and tracked.choice is not None and now >= tracked.next_look_s:
             self._give_up(self.choosing, tracked, admission, now)
 
@@ -321,10 +321,12 @@ class Loading:
             self._trace.note(request.request_id, "gives up")
             admission.give_up()
 
-    def falls_short(self, job: int) -> None:
-        """Some rank does not get all of a job: none is admitted before the others have said how much."""
+    def falls_short(self, job: int, tracked: Tracked) -> None:
+        """Some rank does not get all of a job: it is not admitted before the others have said how much."""
         if self.timely is not None:
             self.timely.forget(job)
+        if tracked.admission is not None and tracked.job == job:
+            tracked.admission.falls_short()
 
     def staged(self, tracked: Tracked, chunks: int, now: float) -> None:
         """So many chunks of its job are there, and no more will come."""

@@ -9,6 +9,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from objectcache.ring import FAILED
 from objectcache.trace import PassTimes
 from objectcache.wire import Wire
 
@@ -85,12 +86,17 @@ class Staged:
 @dataclass(frozen=True)
 class Coming:
     """So far the job's chunks, `chunks` of them, have `layers` layers verified, all of them together; and
-    each the first `ready`, which is below 0 until each has its header."""
+    each the first `ready`, which is below 0 until each has its header, or if one does not come."""
 
     job: int
     chunks: int
     ready: int
     layers: int
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is known that some chunk does not come."""
+        return self.ready == FAILED
 
 
 @dataclass(frozen=True)

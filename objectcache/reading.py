@@ -14,14 +14,14 @@ from objectcache.loop import LoopThread
 from objectcache.order import Turn, Turns
 from objectcache.plan import Limits, plan
 from objectcache.report import log
-from objectcache.ring import NOT_BEGUN
+from objectcache.ring import FAILED, NOT_BEGUN
 from objectcache.shelf import Place, Shelf
 from objectcache.stores.base import Store
 
 
 class Progress(Protocol):
     """For each slot how many leading layers of what is read there may be used; before its header is
-    verified NOT_BEGUN."""
+    verified NOT_BEGUN, and FAILED once it is known not to come."""
 
     def __setitem__(self, slot: int, layers: int, /) -> None: ...
 
@@ -149,8 +149,8 @@ class Reads:
         error = await _failure_of(read)
         if error is None and not verifier.complete:
             error = Corrupt(f"{place.key} ended before its last layer.")
-        if error is None:
-            self._progress[place.slot] = len(self._layout.slice_bytes)
+        whole = len(self._layout.slice_bytes)
+        self._progress[place.slot] = whole if error is None else FAILED
         del self._chunks[place]
         self._shelf.read_ended(place, verified=error is None)
         self._ended(place)
@@ -191,8 +191,11 @@ async def _all_of(parts: Sequence[Awaitable[None]]) -> None:
         failures += [failure for failure in await _outcomes(reads) if failure is not None]
     # The first to fail had the others cancelled.
     failures.sort(key=lambda failure: isinstance(failure, asyncio.CancelledError))
-    if failures:
-        raise failures[0]
+    try:
+        if failures:
+            raise failures[0]
+    finally:
+        failures.clear()  # or this frame and what failed would keep each other
 
 
 async def _outcomes(reads: "list[asyncio.Future[None]]") -> "list[BaseException | None]":

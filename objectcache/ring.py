@@ -11,6 +11,7 @@ from objectcache.errors import Misconfigured
 
 PROGRESS_BYTES = 2  # of a slot
 NOT_BEGUN = -1  # progress, until the header is verified: 0 layers, but the object exists and comes
+FAILED = -2  # progress, of a chunk that does not come
 SAVE_SHARE = (
     4  # one slot in four is for saves: a lost save is only a later miss, a load is waited for
 )

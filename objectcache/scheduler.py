@@ -242,11 +242,13 @@ class SchedulerHalf:
             self._misled(*self._unsure.lost(job))
         for landed in report.landed:
             self._misled(*self._unsure.ended(landed.job, landed.lost))
+        for job in {coming.job for coming in report.coming if coming.failed} & self._jobs.keys():
+            self.loading.falls_short(job, self._jobs[job])
         for staged in report.staged:
             if staged.job not in self._jobs:
                 continue  # released meanwhile
             if staged.chunks < len(self._jobs[staged.job].job_hashes):
-                self.loading.falls_short(staged.job)
+                self.loading.falls_short(staged.job, self._jobs[staged.job])
             reports = self._stage_reports.setdefault(staged.job, [])
             reports.append((staged.chunks, staged.error))
             if len(reports) == self._ranks:

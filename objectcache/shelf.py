@@ -136,6 +136,19 @@ class Shelf:
                 self._vacate(place)
             return unwanted
 
+    def stop(self, job: int, keep: int) -> list[Place]:
+        """A job wants no more of its places than the first `keep`: those whose reading may stop. It keeps all
+        until `give_back`: who looks at how far they are must not see another chunk there."""
+        with self._lock:
+            places = self._held.get(job, [])
+            kept, unwanted = {id(place) for place in places[:keep]}, []
+            for place in dict.fromkeys(places[keep:]):
+                alone = place.jobs == {job} and id(place) not in kept
+                if alone and place.reading and place.state is State.COMING:
+                    self._lose(place)
+                    unwanted.append(place)
+            return unwanted
+
     def _lay(self, keys: Sequence[str]) -> list[Place] | None:
         """Lease slots for keys that have no place: those of them that are to be read. All or none."""
         lying = [key for key in keys if key in self._lying]

@@ -13,7 +13,7 @@ class HostSlots:
     """The memory of the ring: `slots` rows of `slot_bytes`, pinned if a GPU copies from it.
 
     Behind them is `progress`, for each slot how many leading layers of what is read there may be used, and
-    NOT_BEGUN before its header is verified.
+    NOT_BEGUN before its header is verified, or FAILED.
     With `shared` another process can map it, by `descriptor`. Raises OSError if there is no such memory.
     `close` ends what others see of it, and the pinning; the bytes go with the last who looks at them.
     """

@@ -184,7 +184,9 @@ class Streamer:
         del self._jobs[job.job]
         if job.turn is not None:
             job.turn.end()
-        for place in self._shelf.give_back(job.job, keep=came):
+        # A job that was not cancelled may be in a step by now, which waits for layers in all of its places.
+        end = self._shelf.give_back if job.cancelled else self._shelf.stop
+        for place in end(job.job, keep=came):
             # Next turn, as in _cancel.
             asyncio.get_running_loop().call_soon(job.chunks[place].work.cancel)
         failed_key = job.keys[came] if error is not None and came < len(job.keys) else ""

@@ -186,6 +186,20 @@ class Many(RuleBasedStateMachine):
         for place in set(places) & self.reading - held:
             assert place.state is State.LOST, "its reader goes on for nobody"
 
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data())
+    def stop(self, data: st.DataObject) -> None:
+        """It holds all of them still: the ledger below says so."""
+        job = data.draw(st.sampled_from(sorted(self.jobs)))
+        places = self.jobs[job]
+        keep = data.draw(st.integers(0, len(places)))
+        unwanted = self.shelf.stop(job, keep)
+        others = self.held_by(self.jobs.keys() - {job}) | set(places[:keep])
+        for place in unwanted:
+            assert place in self.reading and place not in others and place.state is State.LOST
+        for place in set(places) & self.reading - others:
+            assert place.state is State.LOST, "its reader goes on for nobody"
+
     @invariant()
     def a_slot_is_leased_if_and_only_if_somebody_holds_it(self) -> None:
         held = {place.slot for places in self.jobs.values() for place in places}

@@ -128,6 +128,25 @@ def test_of_two_in_one_step_only_the_first_is_alone() -> None:
     assert scene.is_let_go(soon)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_of_what_does_not_all_come_nothing_is_claimed_before_it_is_known_how_much(
+    ranks: int,
+) -> None:
+    """Also if it was due, and vLLM only has no blocks for it yet."""
+    scene = Scene(ranks=ranks)
+    scene.admission.due()
+    assert scene.admission.ask(0, now=0.1).tokens == CHUNKS * CHUNK
+    scene.loading.falls_short(7, scene.one)  # of a load before this one
+    assert scene.admission.ask(0, now=0.1).tokens == CHUNKS * CHUNK
+    scene.loading.falls_short(1, scene.one)
+    assert scene.admission.ask(0, now=0.1).tokens is None
+    assert not scene.is_let_go(0.9), "it is not followed any more"
+    scene.admission.staged(3)
+    assert scene.admission.ask(0, now=0.2).tokens == 3 * CHUNK
+    scene.loading.falls_short(1, scene.one)  # too late to change anything
+    assert scene.admission.ask(0, now=0.2).tokens == 3 * CHUNK
+
+
 class Requests(dict[str, Tracked]):
     """Counts how often somebody goes through all."""
 

@@ -11,6 +11,7 @@ from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     LAYERS,
     LOAD_SLOTS,
     SPACES,
+    Holds,
     Worker,
     Workers,
     filled,
@@ -27,8 +28,6 @@ from objectcache import keys
 from objectcache.config import parse
 from objectcache.errors import Misconfigured
 from objectcache.messages import LoadCommand, Saved, Staged, StepCommands
-from objectcache.mover import Event, Mover
-from objectcache.movers import Movers
 from objectcache.streamer import StageResult
 from objectcache.worker import WorkerHalf
 
@@ -263,22 +262,6 @@ def test_a_layer_is_saved_when_it_is_computed_if_its_hook_says_that_it_is(
 
 
 # ---- loads that begin before all of it is there
-
-
-class Holds(Movers):
-    """One mover, whose reports on stages are kept back while `quiet` is set."""
-
-    def __init__(self, mover: Mover) -> None:
-        super().__init__([mover])
-        self.quiet = True
-        self._kept: list[Event] = []
-
-    def take(self) -> list[Event]:
-        kept, self._kept = self._kept, []
-        events = kept + super().take()
-        if self.quiet:
-            self._kept = [event for event in events if isinstance(event, StageResult)]
-        return [event for event in events if event not in self._kept]
 
 
 def test_slots_of_an_early_load_go_back_after_its_copies_and_its_reads(

@@ -21,6 +21,9 @@ from objectcache.messages import (
     StreamCommand,
     Streamed,
 )
+from objectcache.mover import Event, Mover
+from objectcache.movers import Movers
+from objectcache.streamer import StageResult
 from objectcache.worker import WorkerHalf
 
 BLOCK_TOKENS, CHUNK_BLOCKS, BLOCKS = 4, 2, 24
@@ -130,6 +133,22 @@ class Worker:
             return not self.half._given_up
 
         return eventually(forgot, 1.0)
+
+
+class Holds(Movers):
+    """One mover, whose reports on stages are kept back while `quiet` is set."""
+
+    def __init__(self, mover: Mover) -> None:
+        super().__init__([mover])
+        self.quiet = True
+        self._kept: list[Event] = []
+
+    def take(self) -> list[Event]:
+        kept, self._kept = self._kept, []
+        events = kept + super().take()
+        if self.quiet:
+            self._kept = [event for event in events if isinstance(event, StageResult)]
+        return [event for event in events if event not in self._kept]
 
 
 def save(number: int, block_ids: list[int]) -> SaveCommand:
