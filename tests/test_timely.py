@@ -27,8 +27,11 @@ from timely_lab import (  # noqa: F401 (pytest looks for the fixtures here)
 from toy_engine import ToyEngine, prompt
 from vllm.v1.request import RequestStatus
 
+from objectcache.admission import Phase
 from objectcache.errors import Misconfigured
+from objectcache.messages import Coming, StepReport
 from objectcache.moment import Moment
+from objectcache.ring import FAILED
 from objectcache.timely import Timely
 
 
@@ -58,6 +61,28 @@ def at_once(one: ToyEngine) -> ToyEngine:
     slices = one.workers[0].connector._worker.slice_bytes
     scheduler.loading.timely = AtOnce(slices, 4096, len(one.workers))
     return one
+
+
+def test_what_was_due_waits_again_when_workers_tell_of_a_chunk_that_failed(
+    engine: Engines, proxy: FaultProxy, want: list[list[int]]
+) -> None:
+    """Before the job has ended, and as long as vLLM has no blocks for it."""
+    one = engine()
+    proxy.fault = get_is(SLOW)
+    name = one.add(PROMPT)
+    scheduler = one.connector._scheduler
+    until = time.monotonic() + 5.0
+    while not scheduler._jobs and time.monotonic() < until:
+        one.step()
+    ((job, tracked),) = scheduler._jobs.items()
+    tracked.admission.due()
+    assert tracked.admission.phase is Phase.READY
+    for other in (job + 1, job):  # of a job that is not known nothing follows
+        scheduler.reported(StepReport(coming=[Coming(other, len(tracked.job_hashes), FAILED, 0)]))
+        assert (tracked.admission.phase is Phase.STAGING) == (other == job)
+    proxy.fault = None
+    one.run()
+    assert [one.outputs[name]] == want
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
