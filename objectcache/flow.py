@@ -16,6 +16,8 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from objectcache.curve import TELLING_BYTES, Curve
+
 # Many engines may start at once; three doublings from what a large store rewards. Where one doubling is all
 # that there may be (a process that is one of several), it begins with that: a chunk that has to wait for
 # another's end brings even its first layer late. Measured on a GPU host with four processes of 56, that each
@@ -45,7 +47,6 @@ QUIET_S, QUIET_MAX_S = 5.0, 80.0  # no trial after a cut; doubles if the next tr
 FORGIVE_S = 160.0  # without a cut: the quiet is short again. S3 scales up in minutes
 IDLE_S = 600.0  # after this the server may be another one: begin with half
 SAMPLES = 256  # first-byte times remembered: enough for a p99
-TELLING_BYTES = 256 << 10  # of smaller bodies, the rate is that of a buffer
 FADE_BODIES, FADE_ROUNDS = 1 / 1024, 1 / 64  # by which a best value fades with each new one
 
 
@@ -107,6 +108,7 @@ class Flow:
         self._telling = (0.0, 0.0)  # bytes and seconds of late bodies, fading
         self._connection_best = self._wire_best = 0.0
         self._wire_met = False
+        self._curve = Curve()
 
     def limit(self, now: float) -> int:
         """Most requests with bodies to have in flight."""
@@ -120,9 +122,11 @@ class Flow:
     def began(self, now: float) -> None:
         self._wake(now)
         self._count(now, 1)
+        self._curve.began(now)
 
     def ended(self, now: float) -> None:
         self._count(now, -1)
+        self._curve.ended(now)
 
     def arrived(
         self, now: float, body_bytes: int, first_byte_s: float | None, seconds: float
@@ -132,6 +136,7 @@ class Flow:
         if seconds <= 0.0 or body_bytes <= 0:
             return
         self._learn(body_bytes, first_byte_s, seconds)
+        self._curve.arrived(now, body_bytes, seconds - (first_byte_s or 0.0))
         if self._used is None:
             return
         in_use_s = self._used[1] - max(self._used[0], now - seconds)
@@ -173,12 +178,15 @@ class Flow:
     def model(self) -> StoreModel:
         prior = StoreModel()
         times = sorted(self._first_bytes_s)
-        connection = self._connection_best or prior.connection_bytes_per_s
+        connection = max(self._connection_best, self._curve.connection_bytes_per_s)
+        connection = connection or prior.connection_bytes_per_s
+        # The curve knows the wire of who never had the limit in use.
+        wire = self._wire_best if self._wire_met else self._curve.wire_bytes_per_s
         return StoreModel(
             times[len(times) // 2] if times else prior.first_byte_s,
             times[len(times) * 99 // 100] if times else prior.first_byte_p99_s,
             connection,
-            max(self._wire_best, connection) if self._wire_met else math.inf,
+            max(wire, connection) if wire is not None else math.inf,
         )
 
     # -- what is in flight -----------------------------------------------------------------------

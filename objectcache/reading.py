@@ -12,7 +12,7 @@ from objectcache.errors import Corrupt, ObjectCacheError, Unavailable
 from objectcache.format import ObjectLayout, Part, Verifier
 from objectcache.loop import LoopThread
 from objectcache.order import Turn, Turns
-from objectcache.plan import Limits, plan
+from objectcache.plan import Limits, goes_whole, plan
 from objectcache.report import log
 from objectcache.ring import FAILED, NOT_BEGUN
 from objectcache.shelf import Place, Shelf
@@ -70,6 +70,7 @@ class Reads:
         self._ended = ended
         self._progress = progress
         self._chunks: dict[Place, Chunk] = {}
+        self._split = 0  # reads that were better split
 
     def of(self, places: Iterable[Place]) -> dict[Place, Chunk]:
         """Those of the places that are being read, in their order."""
@@ -125,10 +126,16 @@ class Reads:
     def _fetches(self, chunks: int) -> Iterable[tuple[int, int, int]]:
         """(chunk, first layer, last layer) of each GET, in the order to issue."""
         pace = self._store.pace()
+        whole = [(chunk, 0, len(self._layout.slice_bytes)) for chunk in range(chunks)]
         if pace is None or not chunks:
-            return [(chunk, 0, len(self._layout.slice_bytes)) for chunk in range(chunks)]
+            return whole
         limits = Limits(pace.connections, part_bytes=pace.part_bytes)
-        return plan(chunks, self._layout, pace.model, limits).fetches()
+        best = plan(chunks, self._layout, pace.model, limits)
+        if len(best.groups) > 1 and pace.part_bytes is None:
+            self._split += 1
+            if goes_whole(self._split):
+                return whole
+        return best.fetches()
 
     async def _read_part(self, place: Place, part: Part, turns: Turns) -> None:
         whole = part.span == slice(0, self._layout.object_bytes)

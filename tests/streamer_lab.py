@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import pytest
 from fakes import LAYOUT, ScriptedStore, chunk_hash, eventually, loop_thread, sealed
 
+from objectcache.flow import StoreModel
 from objectcache.ring import Ring, shares
 from objectcache.shelf import Shelf
+from objectcache.stores.base import Pace
 from objectcache.streamer import StageResult, Streamer
 
 LOAD_SLOTS = 6
@@ -97,3 +99,13 @@ def check_brought(rig: Rig, result: StageResult, *numbers: int) -> None:
     assert all(rig.holds(slot, number) for slot, number in zip(result.slots, numbers, strict=True))
     assert rig.ring.leased >= len(numbers)
     rig.give_back(result)
+
+
+def split(rig: Rig) -> None:
+    """From here on chunks are read in parts: the first that might be goes whole."""
+    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e4, 1e9), 64)
+    rig.fill(11)
+    rig.stage(11, 11)
+    check_brought(rig, rig.result(), 11)
+    assert rig.store.ranges == [(key(11), 0)]  # one GET
+    rig.store.ranges.clear()

@@ -23,6 +23,7 @@ MAP: dict[str, str] = {
     "admission": "",
     "breaker": "",
     "config": "",
+    "curve": "",
     "flow": "",
     "format": "",
     "index": "",
@@ -106,7 +107,8 @@ MAP: dict[str, str] = {
     "__main__": "",
 }
 PURE = {
-    *("errors", "admission", "breaker", "config", "flow", "format", "index", "keys", "plan"),
+    *("errors", "admission", "breaker", "config", "curve", "flow", "format", "index"),
+    *("keys", "plan"),
     *(
         "compute",
         "lead",

@@ -14,12 +14,11 @@ from streamer_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     hasty_fixture,
     key,
     rig_fixture,
+    split,
 )
 
 from objectcache.errors import Corrupt, Denied, NotFound, Unavailable
-from objectcache.flow import StoreModel
 from objectcache.ring import FAILED, NOT_BEGUN
-from objectcache.stores.base import Pace
 from objectcache.streamer import StageResult
 
 
@@ -282,7 +281,7 @@ def test_what_lay_in_a_slot_before_counts_for_nothing(rig: Rig) -> None:
 
 def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
     """Few chunks and many slow connections: parts in layer order across the chunks."""
-    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e4, 1e9), 64)
+    split(rig)
     rig.fill(1, 2)
     rig.stage(1, 1, 2)
     check_brought(rig, rig.result(), 1, 2)
@@ -292,7 +291,7 @@ def test_objects_are_read_in_parts_where_the_store_rewards_it(rig: Rig) -> None:
 
 
 def test_a_part_that_fails_ends_the_other_parts_of_its_chunk(rig: Rig) -> None:
-    rig.store.paced = Pace(StoreModel(0.0001, 0.0002, 1e4, 1e9), 64)
+    split(rig)
     rig.fill(1, 2)
     rig.store.script("read", key(2), flip=LAYOUT.offsets[2], lingers_s=0.02)
     rig.stage(1, 1, 2)

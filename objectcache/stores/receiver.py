@@ -44,11 +44,15 @@ class End(enum.Enum):
 
 @dataclass(slots=True)
 class Sink:
-    """Where a body goes: exactly len(view) bytes. `landed(n)`: view[:n] is final, marks as in Store.read."""
+    """Where a body goes: exactly len(view) bytes. `landed(n)`: view[:n] is final, marks as in Store.read.
+
+    So many bytes of its object come `before` it: of bodies that wait to be received, those go first whose
+    next bytes lie furthest to the front."""
 
     view: memoryview
     marks: Sequence[int] = ()
     landed: Callable[[int], None] | None = None
+    before: int = 0
 
 
 class Exchange:
@@ -79,6 +83,9 @@ class Exchange:
         self.body = False  # the head is there and `view` is being filled
         self.stops: tuple[int, ...] = ()
         self.level = 0  # stops passed
+        self.before = self.reached = (
+            0  # bytes of the object: before the body, and up to its latest stop
+        )
         self.stop = 0
         self.low_water = 1
         self.keep = False
@@ -284,8 +291,8 @@ class _Crew:
             else:
                 self._step(self._advance, exchange, now)
         if ready:
-            lowest = min([exchange.level for exchange in ready])
-            least = [exchange for exchange in ready if exchange.level == lowest]
+            lowest = min([exchange.reached for exchange in ready])
+            least = [exchange for exchange in ready if exchange.reached == lowest]
             for exchange in least[:FILLS]:
                 self._step(self._fill, exchange, now)
         if called:
@@ -389,6 +396,7 @@ class _Crew:
         exchange.have = len(first)
         exchange.stops = stops_of(tuple(sink.marks), size)
         exchange.stop = exchange.stops[0]
+        exchange.before = exchange.reached = sink.before
         exchange.body = True
         self._heed(exchange)
 
@@ -419,6 +427,7 @@ class _Crew:
         while exchange.level < len(exchange.stops) and (
             exchange.stops[exchange.level] <= exchange.have
         ):
+            exchange.reached = exchange.before + exchange.stops[exchange.level]
             exchange.level += 1
         if exchange.landed is not None:
             exchange.landed(exchange.have)
