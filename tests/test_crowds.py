@@ -198,9 +198,10 @@ def an_answer(number: int, cached: int, how: str = "length", ttft_s: float = 0.5
 
 
 def test_a_run_counts_only_with_all_answers_and_their_prefixes() -> None:
-    answers = [an_answer(1, 256), an_answer(0, 512)]  # as they were answered
+    answers = [an_answer(1, 256, ttft_s=0.2), an_answer(0, 512)]  # as they were answered
     run = judged({"requests": answers, "seconds": 2.0}, [512, 256], 3)
     assert (run.wrong, run.hit_tokens, len(run.gaps_ms)) == ("", 768, 4)
+    assert run.ttft_s == [0.5, 0.2], "in the order of the list"
     assert (
         "512 tokens were cached, not 0"
         in judged({"requests": answers, "seconds": 2.0}, [0, 256], 3).wrong
