@@ -132,7 +132,7 @@ def _against(lines: list[Line], kind: str) -> Iterator[str]:
         yield "Without loads: with the prefixes in vLLM's own cache, and with all computed."
         if kind == BURSTS:
             yield "By request: the median over requests, each beside the better of the others for that very"
-            yield "request, means over runs. That is more than any one of them gives."
+            yield "request, means over runs. Neither of them is that good for all of them."
         yield ""
         yield from table_head("", [_COMPARED[name] for name in shown])
         yield from rows
