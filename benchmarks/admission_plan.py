@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from benchmarks.ttft_systems import Case
 
 SYSTEMS = ("staged", "at-once", "just-in-time", "recompute", "hbm")
 LOADS = SYSTEMS[:3]
+BURSTS, NEXT = ARRIVALS = ("bursts", "next")
 SETS = 2  # of prefixes, by turns: what one run leaves in host memory is of no use to the next
 # Contexts and how many of two dozen requests have them.
 MIX = {65536: 1, 32768: 2, 16384: 4, 8192: 6, 4096: 11}
@@ -25,10 +26,11 @@ SMOKE_MIX, SMOKE_RATIOS = {1536: 3, 1024: 3, 512: 2}, (0.0, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Scene:
-    """So many users, and a wire of so many Gbit/s; 0 where nothing comes by it."""
+    """So many users who ask in this way, and a wire of so many Gbit/s; 0 where nothing comes by it."""
 
     users: int
     wire_gbps: float
+    arrivals: str = BURSTS
 
     @property
     def wire_bytes_per_s(self) -> float:
@@ -59,15 +61,13 @@ class Run:
     wrong: str = ""
 
 
-def scenes_of(text: str, all_: Sequence[Scene]) -> list[Scene]:
-    """`16x25` is 16 users at 25 Gbit/s; nothing is all of them."""
-    if not text:
-        return list(all_)
-    found = []
-    for part in text.split(","):
-        users, _, gbps = part.partition("x")
-        found.append(Scene(int(users), float(gbps)))
-    return found
+def scenes_of(text: str, all_: Sequence[Scene], arrivals: Sequence[str]) -> list[Scene]:
+    """`16x25` is 16 users at 25 Gbit/s; nothing is all of them. Each in each way of arrival."""
+    found = list(all_)
+    if text:
+        parts = [part.partition("x") for part in text.split(",")]
+        found = [Scene(int(users), float(gbps)) for users, _, gbps in parts]
+    return [replace(scene, arrivals=kind) for scene in found for kind in arrivals]
 
 
 def pool(mix: dict[int, int], ratios: Sequence[float], seed: int = 0) -> list[Case]:
@@ -85,9 +85,17 @@ def pool(mix: dict[int, int], ratios: Sequence[float], seed: int = 0) -> list[Ca
     return cases
 
 
-def asked(cases: Sequence[Case], users: int) -> list[int]:
-    """Which of the pool are asked for, in this order. With more users than it has, a prefix serves several."""
-    return [number % len(cases) for number in range(max(len(cases), users))]
+def asked(cases: Sequence[Case], scene: Scene) -> list[int]:
+    """Which of the pool are asked for, in this order. With more users than it has, a prefix serves several.
+
+    A burst is the next of the pool, as many as there are users. The last one is filled with its own once
+    more: what an earlier one loaded lies in vLLM's own cache, so there would be nothing to load.
+    """
+    users, all_ = scene.users, range(len(cases))
+    if scene.arrivals == NEXT:
+        return [number % len(cases) for number in range(max(len(cases), users))]
+    bursts = [all_[first : first + users] for first in range(0, len(cases), users)]
+    return [burst[at % len(burst)] for burst in bursts for at in range(users)]
 
 
 def distinct_hit_tokens(cases: Sequence[Case], numbers: Sequence[int]) -> int:
@@ -101,30 +109,31 @@ def turns(
     has: Callable[[str, Scene], bool],
 ) -> Iterator[tuple[int, Scene, str]]:
     """(round, scene, system). In a round each scene has all systems, one after the other, beginning with
-    another one in each round; what loads nothing is measured once for so many users."""
+    another one in each round; what loads nothing is measured once for so many users and their way of arrival."""
     done = {
         (scene, system) for scene in scenes for system in systems if has(system, of(scene, system))
     }
     for number in range(rounds):
-        told_of: set[tuple[str, int]] = set()
+        told_of: set[tuple[str, Scene]] = set()
         for scene in scenes:
             first = number % len(systems)
             for system in [*systems[first:], *systems[:first]]:
-                if system not in LOADS and (system, scene.users) in told_of:
+                named = of(scene, system)
+                if system not in LOADS and (system, named) in told_of:
                     continue
-                told_of.add((system, scene.users))
+                told_of.add((system, named))
                 if (scene, system) not in done:
-                    yield number, of(scene, system), system
+                    yield number, named, system
 
 
 def of(scene: Scene, system: str) -> Scene:
     """The scene by which a system is named."""
-    return scene if system in LOADS else Scene(scene.users, 0.0)
+    return scene if system in LOADS else replace(scene, wire_gbps=0.0)
 
 
 def told(scene: Scene, law: dict[str, float]) -> dict[str, Any]:
     """As a case of the results."""
-    named = {"concurrent": scene.users, "wire_gbps": scene.wire_gbps}
+    named = {"concurrent": scene.users, "wire_gbps": scene.wire_gbps, "arrivals": scene.arrivals}
     if not scene.wire_gbps:
         return named | {"store": "none"}
     first = {f"first_byte_{name}": law[name] for name in ("p50_ms", "p99_ms")}
@@ -156,6 +165,7 @@ def said(runs: Sequence[Run], server_bytes_per_s: float) -> dict[str, Any]:
         "requests": len(good[-1].ttft_s),
         "hit_tokens": good[-1].hit_tokens,
         "runs": len(good),
+        "ttft_s_runs": [[float(f"{value:.4g}") for value in run.ttft_s] for run in good],
     }
     for name in ("waited_layers", "timely_prompts", "late_prompts"):
         found[name] = int(sum(run.counted.get(name, 0.0) for run in good))

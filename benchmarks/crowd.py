@@ -1,4 +1,4 @@
-"""Users who ask one engine at once: each sends the next request of a list as soon as theirs is answered. When each token came. What is asked, and why: admission.py."""
+"""Users who ask one engine at once: in bursts, or each sends the next request of a list as soon as theirs is answered. When each token came. What is asked, and why: admission.py."""
 
 from __future__ import annotations
 
@@ -45,16 +45,23 @@ class _Asked:
         }
 
 
+def due(waiting: int, live: int, users: int, bursts: bool) -> int:
+    """How many of those who wait ask now."""
+    return 0 if bursts and live else max(0, min(waiting, users - live))
+
+
 def crowd(
     engine: Any,
     requests: Sequence[Mapping[str, Any]],
     users: int,
     tokens: int,
     limit_s: float,
+    bursts: bool,
 ) -> dict[str, Any]:
     """Each request has `prompt_token_ids`, and perhaps `params`, its kv_transfer_params, and `skips_cache`.
 
-    Each is answered with so many tokens. What is not after `limit_s` is aborted.
+    Each is answered with so many tokens. What is not after `limit_s` is aborted. The requests of a burst
+    count from the same moment, however long it takes to give them all to vLLM.
     """
     from vllm import SamplingParams
 
@@ -62,7 +69,7 @@ def crowd(
     waiting, live, all_ = deque(enumerate(requests)), {}, []
     began = time.monotonic()
 
-    def ask() -> None:
+    def ask(now: float | None) -> None:
         number, request = waiting.popleft()
         params = request.get("params")
         sampling = SamplingParams(
@@ -74,14 +81,18 @@ def crowd(
         )
         engine.requests_made += 1
         name = f"user{engine.requests_made}"
-        one = live[name] = _Asked(number, time.monotonic())
+        one = live[name] = _Asked(number, now or time.monotonic())
         all_.append(one)
         prompt = {"prompt_token_ids": request["prompt_token_ids"]}
         names[name] = llm.add_request(name, prompt, sampling)
 
+    def arrive() -> None:
+        now = time.monotonic() if bursts else None
+        for _ in range(due(len(waiting), len(live), users, bursts)):
+            ask(now)
+
     names: dict[str, str] = {}
-    while waiting and len(live) < users:
-        ask()
+    arrive()
     while live:
         outputs = llm.step()
         now = time.monotonic()
@@ -94,8 +105,7 @@ def crowd(
         if now - began > limit_s:
             llm.abort_request([names[name] for name in live], internal=True)
             break
-        while waiting and len(live) < users:
-            ask()
+        arrive()
         if not outputs:
             time.sleep(IDLE_S)
     seconds = time.monotonic() - began
