@@ -42,6 +42,10 @@ class Arrivals(NamedTuple):
     mean_s: tuple[float, ...]
     sigma_s: tuple[float, ...]
 
+    def later_s(self, sigmas: float) -> tuple[float, ...]:
+        """Each by so many of its standard deviations."""
+        return tuple(m + sigmas * s for m, s in zip(self.mean_s, self.sigma_s, strict=True))
+
 
 class _At(NamedTuple):
     mean_s: float

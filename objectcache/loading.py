@@ -70,6 +70,8 @@ class Loading:
         self._walked = False  # over those for which nothing was chosen, in this step
         self._held: int | None = None  # blocks of running requests, in this step
         self._alone: bool | None = None  # whether nothing runs, in this step
+        self._asks_s: float | None = None  # how long it is expected to take
+        self._runs: list[Tracked] | None = None  # whom it computes, but for who is new
         self._known = True  # what the last step computed
         self._beside = 0  # requests that it computed, and that were admitted since
         self._news = 0  # counts changes of what is being brought
@@ -125,8 +127,7 @@ class Loading:
 
     def _held_blocks(self) -> int:
         if self._held is None:
-            admitted = (one for one in self._requests.values() if one.admitted)
-            self._held = sum(one.own_blocks(self._block_tokens) for one in admitted)
+            self._held = sum(one.own_blocks(self._block_tokens) for one in self._running())
         return self._held
 
     def _choose(self, tracked: Tracked, now: float) -> None:
@@ -212,8 +213,10 @@ class Loading:
         if timely.admits and tracked.mode != STAGED and now >= tracked.next_moment_s:
             end = admission.end_of(len(tracked.job_hashes))
             tokens = tracked.request.num_tokens
-            others = (self._is_alone(), self._beside)
-            moment = timely.when(tracked.job, tokens, end, now, tracked.mode, *others)
+            moment = timely.when(
+                *(tracked.job, tokens, end, now, tracked.mode, self._is_alone(), self._beside),
+                *(self._next_ask_s(timely), len(self._requests) - 1),
+            )
             # A model of arrivals says too much of a store that became slow: it must not be far off.
             most_s = DOUBT * ((moment.staged_s if moment is not None else now) - now) + DOUBT_S
             believed = tracked.mode == AT_ONCE or timely.left_s(tracked.job, now) <= most_s
@@ -252,11 +255,27 @@ class Loading:
     def _is_alone(self) -> bool:
         """Whether, as far as is known, nobody is on the GPU."""
         if self._alone is None:
-            self._alone = self._known and not any(one.admitted for one in self._requests.values())
+            self._alone = self._known and not self._running()
         return self._alone
+
+    def _next_ask_s(self, timely: Timely) -> float:
+        """How long the step that vLLM puts together is expected to take: who is not in it is asked for
+        behind it. 0.0 if there is work of which nothing is known."""
+        if self._asks_s is None:
+            each = [one.request for one in self._running()] if self._known else []
+            left = [(r.num_tokens - r.num_computed_tokens, r.num_computed_tokens) for r in each]
+            self._asks_s = timely.step_s(left)
+        return self._asks_s
+
+    def _running(self) -> list[Tracked]:
+        """Requests that are on the GPU, looked up once a step."""
+        if self._runs is None:
+            self._runs = [one for one in self._requests.values() if one.admitted]
+        return self._runs
 
     def admitted(self) -> None:
         """Some request was, with a prefix or without."""
+        self._asks_s = self._runs = None
         self._alone = False
         self._beside += 1
 
@@ -364,7 +383,8 @@ class Loading:
         0 if that is of no use."""
         self.turns.stepped()
         self._beside = len(scheduled)
-        self._choices, self._walked, self._held, self._alone = CHOICES, False, None, None
+        self._choices, self._walked = CHOICES, False
+        self._held = self._alone = self._asks_s = self._runs = None
         if self.timely is None:
             return 0
         self._step += 1

@@ -27,6 +27,8 @@ from objectcache.wire import Wire, slowest
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
 WIRE_BYTES_PER_S = 25e9  # of a fast card, until a wire was seen to be full
 STEPS_KEPT = 64
+# Of what is as often late as early, how late it is on the average, if early is as good as in time.
+CHANCE_SIGMAS = 0.4
 LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
 
 
@@ -143,17 +145,22 @@ class Timely:
         mode: str = JUST_IN_TIME,
         alone: bool = False,
         beside: int = 0,
+        next_ask_s: float = 0.0,
+        others: int = 0,
     ) -> Moment | None:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
         known that all of its chunks are right: by their first layers; or, where a lead is known in which
         those come, by their headers. While it is `alone` on the GPU a short stall is nobody's
-        loss: its pass ends no later for having begun too early. With others `beside` it the bus may be."""
+        loss: its pass ends no later for having begun too early. Else it is one of the `others`, who are
+        weighed against what it loses if one can not ask again for `next_ask_s`: behind a long prompt that
+        is a long step. With others `beside` it the bus may be a loss as well."""
         found = self._jobs.get(job)
         lead = self.lead.seconds(self._first_tokens(prompt_tokens, loaded_tokens))
         least = 0 if mode == JUST_IN_TIME and lead.mean_s else 1
         if found is None or found.ready < least:
             return None
-        when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, alone, lead)
+        asks = (0.0, 0) if alone else (next_ask_s, others)
+        when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, lead, alone, asks)
         if mode != JUST_IN_TIME or not beside:
             return when
         total_bytes = found.chunks * sum(self._slice_bytes)
@@ -195,17 +202,21 @@ class Timely:
         loaded_tokens: int,
         now: float,
         mode: str,
-        alone: bool = False,
         lead: Estimate = NO_LEAD,
+        alone: bool = False,
+        asks: tuple[float, int] = (0.0, 0),
     ) -> Moment:
+        """`asks` is when one can ask again and how many others a stall costs."""
         layer_s = self._layer_s(prompt_tokens, loaded_tokens)
         copy_s = self._copy_s(job.chunks)
         arrivals = job.coming.arrivals(now)
         found = moment(arrivals, now, layer_s, copy_s, mode, lead=lead)
-        if alone and mode == JUST_IN_TIME and not found.due(now):
+        if mode == JUST_IN_TIME and not found.due(now):
             begins_s = now + lead.mean_s
-            stalls_s = stall_s(begins_s, arrivals.mean_s, layer_s.mean_s, copy_s)
-            if early(found, now, stalls_s, next_ask_s=0.0, others=0):
+            come_s = arrivals.mean_s if alone else arrivals.later_s(CHANCE_SIGMAS)
+            stalls_s = stall_s(begins_s, come_s, layer_s.mean_s, copy_s)
+            missed = alone or found.at_s <= now + asks[0]  # or there is time to ask again
+            if missed and early(found, now, stalls_s, *asks):
                 # Sooner than is expected to be in time, so that the margin is below zero.
                 expected_s = found.at_s - found.margin_s
                 return replace(found, at_s=now, margin_s=now - expected_s)
@@ -234,6 +245,19 @@ class Timely:
         return ahead(found, now, copy_s, chunks * sum(self._slice_bytes), beside)
 
     # ---- steps
+
+    def step_s(self, left: Sequence[tuple[int, int]]) -> float:
+        """How long a step is expected to take that computes these requests' next tokens: so many are left,
+        behind so many."""
+        budget, work = self.pass_tokens, Work()
+        for tokens, context in left:
+            takes = min(max(1, tokens), budget)
+            if not takes:
+                break
+            budget -= takes
+            one = prefill(takes, context, self.pass_tokens) if takes > 1 else decodes(1, context)
+            work = work.beside(one)
+        return self.compute.seconds(work._replace(passes=1)).mean_s if work.tokens else 0.0
 
     def busy_s(self, now: float) -> float:
         """Until the steps that run now are expected to end."""

@@ -157,3 +157,14 @@ def test_of_a_wire_that_was_never_full_no_more_is_expected_than_a_fast_card_give
     one.began(1, 224, 0.0)
     when = one.expected(1, 60_000, 57_344, 0.0)
     assert when is not None and when.staged_s == pytest.approx(expected_s, rel=0.1)
+
+
+def test_how_long_a_step_takes_follows_from_what_is_left_of_those_it_computes() -> None:
+    one = Timely([SLICE] * LAYERS, 4096)
+    one.compute = ComputeModel(Costs(0.005, 1e-4, 0.0, 0.0))
+    assert one.step_s([]) == 0.0
+    assert one.step_s([(1, 500)] * 10) == pytest.approx(0.005 + 10e-4)
+    assert one.step_s([(1, 500), (1000, 0)]) == pytest.approx(0.005 + 0.1001)
+    # No more than a step may compute, however much is left, and of a prompt that is all computed its next token.
+    assert one.step_s([(9000, 0), (9000, 0)]) == pytest.approx(0.005 + 0.4096)
+    assert one.step_s([(0, 500)]) == one.step_s([(1, 500)])

@@ -1,5 +1,6 @@
 """What Loading tells Timely and Choosing of who is alone, of steps on several ranks, and of loads that are admitted early. The decisions themselves: test_steps.py, test_moment.py. With an engine: test_timely.py."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,13 @@ class Known(ComputeModel):
         self.heard.append(work.tokens)
 
 
+class Quick(Timely):
+    """The steps of others take 5 ms: one can soon ask again."""
+
+    def step_s(self, left: Sequence[tuple[int, int]]) -> float:
+        return 0.005
+
+
 class Judges(Choosing):
     """Keeps how long loads are said to have taken."""
 
@@ -55,8 +63,10 @@ class Judges(Choosing):
 class Scene:
     """A request whose load began at 0, and others beside it."""
 
-    def __init__(self, mode: str = JUST_IN_TIME, ranks: int = 1) -> None:
-        self.timely = Timely([SLICE] * LAYERS, 4096, ranks)
+    def __init__(
+        self, mode: str = JUST_IN_TIME, ranks: int = 1, kind: type[Timely] = Timely
+    ) -> None:
+        self.timely = kind([SLICE] * LAYERS, 4096, ranks)
         self.timely.compute = Known()
         self.timely.heard(0, Wire(StoreModel(0.001, 0.002, SLICE / LAYER_S), CHUNKS))
         self.judges = Judges()
@@ -83,6 +93,11 @@ class Scene:
         self.requests[name] = Tracked(request, ChunkChain(bytes(32), CHUNK, ()))
         return self.requests[name]
 
+    def crowd(self, count: int, tokens: int = 500) -> None:
+        """So many others on the GPU, of whom each computes its last token, or this is all of one's prompt."""
+        for number in range(count):
+            self.has(f"other {number}", tokens, 499).admitted = True
+
     def bring(self, now: float, layer_s: float = LAYER_S) -> None:
         ready = min(LAYERS, int(now / layer_s + 1e-9))
         landed = min(LAYERS * CHUNKS, int(CHUNKS * now / layer_s + 1e-9))
@@ -105,10 +120,24 @@ class Scene:
 
 def test_who_is_alone_is_let_go_sooner_than_who_has_somebody_beside_it() -> None:
     alone = Scene().admitted_at({})
-    beside = Scene()
-    beside.has("b", 500, 499).admitted = True
-    assert beside.admitted_at({"b": 1}) >= alone + 0.05
+    beside = Scene(kind=Quick)
+    beside.crowd(1)
+    assert beside.admitted_at({"other 0": 1}) >= alone + 0.05
     assert 0.4 <= alone <= 0.5, "within a short stall of what is in time"
+
+
+def test_who_would_wait_for_a_long_step_is_let_go_before_its_time_if_that_costs_few_others() -> (
+    None
+):
+    """A step takes 0.4 s here: a stall of some hundredths is less than that, if not too many share it."""
+    at = {}
+    for count in (1, 100):
+        scene = Scene()
+        scene.crowd(count)
+        at[count] = scene.admitted_at({"other 0": 1})
+    quick = Scene(kind=Quick)
+    quick.crowd(1)
+    assert at[1] + 0.03 <= at[100] < quick.admitted_at({"other 0": 1}), at
 
 
 def test_nobody_is_alone_beside_work_of_which_nothing_is_known() -> None:
@@ -246,13 +275,13 @@ def learns(scene: Scene, ends: bool = True, beside: str = "", computes: int = 90
 def test_who_is_not_alone_is_let_go_sooner_by_the_lead(ranks: int) -> None:
     at = {}
     for knows in (False, True):
-        scene = Scene()
+        scene = Scene(kind=Quick)
         if knows:
             other = Scene(ranks=ranks)
             learns(other)
             scene.timely.lead = other.timely.lead
-        scene.has("b", 500, 499).admitted = True
-        at[knows] = scene.admitted_at({"b": 1})
+        scene.crowd(1)
+        at[knows] = scene.admitted_at({"other 0": 1})
     assert 0.03 <= at[False] - at[True] <= LEAD_S + 0.011, "by steps of 10 ms, and its spread"
 
 
