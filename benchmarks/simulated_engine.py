@@ -30,6 +30,7 @@ from objectcache.arrival import Coming, WireRate
 from objectcache.compute import ComputeModel, Work, decodes, first_pass, prefill
 from objectcache.flow import Flow, StoreModel
 from objectcache.plan import Plan
+from objectcache.timely import CHANCE_SIGMAS
 
 RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
 ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
@@ -204,7 +205,9 @@ class Engine:
         self._asks_at = min(self._asks_at, now + wait_s)
         if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
             return False
-        stall_s = moment.stall_s(now, arrivals.mean_s, layer_s.mean_s, copy_s)
+        if found.at_s > now + next_ask_s:
+            return False  # there is time to ask again
+        stall_s = moment.stall_s(now, arrivals.later_s(CHANCE_SIGMAS), layer_s.mean_s, copy_s)
         others = len(self._decoding) + len(self._prefilling) + len(self._queue) - 1
         return moment.early(found, now, stall_s, next_ask_s, others)
 
