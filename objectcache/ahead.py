@@ -138,8 +138,11 @@ class Ahead:
         """Begin what is there of a load, about so many bytes of it; how many it was."""
         if load.batches is None:
             load.batches = self._copies.begin_apart(load.runs)
+        parts = len(load.batches) * len(self._block_bytes)
+        if load.next == parts:
+            return 0  # and only its last bytes are waited for
         began, ready = 0, int(self._progress[load.slots].min())
-        while began < most_bytes and load.next < len(load.batches) * len(self._block_bytes):
+        while began < most_bytes and load.next < parts:
             layer, at = divmod(load.next, len(load.batches))
             if layer >= ready:
                 break

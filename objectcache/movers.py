@@ -81,6 +81,8 @@ class Movers(Mover):
     def __init__(self, movers: Sequence[Mover]) -> None:
         self._movers = list(movers)
         self._stages: dict[int, _Stage] = {}
+        self._wires: list[Wire | None] = []  # of each, when they were joined
+        self._wire: Wire | None = None
 
     def enter(self, name: str, digest: bytes) -> None:
         for mover in self._movers:
@@ -126,7 +128,11 @@ class Movers(Mover):
 
     @property
     def wire(self) -> Wire | None:
-        return together([mover.wire for mover in self._movers])
+        """The same one as before while none of them has another: it is asked for in each step."""
+        wires = [mover.wire for mover in self._movers]
+        if wires != self._wires:
+            self._wires, self._wire = wires, together(wires)
+        return self._wire
 
     @property
     def leased(self) -> int:

@@ -25,7 +25,10 @@ class Saves:
         request = tracked.request
         # Tokens that are known and, after this step, computed: neither drafts nor placeholders.
         computed = min(request.num_computed_tokens + tokens, request.num_tokens)
-        whole = min(computed // self._chunk_tokens, tracked.extended(self._chunk_tokens))
+        whole = computed // self._chunk_tokens
+        if whole <= tracked.save_from:
+            return []  # so it is in nearly every step, and for each request
+        whole = min(whole, tracked.extended(self._chunk_tokens))
         if whole <= tracked.save_from:
             return []
         per_chunk = self._chunk_tokens // self._block_tokens

@@ -275,10 +275,15 @@ class Timely:
         if requests is None:
             self._steps.append((step, None, now))
             return
-        work = Work()
+        work, decoding, read_tokens = Work(), 0, 0
         for tokens, context in requests.values():
-            one = prefill(tokens, context, self.pass_tokens) if tokens > 1 else decodes(1, context)
-            work = work.beside(one)
+            if tokens > 1:
+                work = work.beside(prefill(tokens, context, self.pass_tokens))
+            else:
+                decoding += 1
+                read_tokens += context
+        if decoding:
+            work = work.beside(decodes(decoding, read_tokens))
         if work.tokens:
             self._steps.append((step, work._replace(passes=1), now))
 

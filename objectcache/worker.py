@@ -42,6 +42,7 @@ from objectcache.ring import Ring, shares, slots_in
 from objectcache.runs import Run, lying_at
 from objectcache.saver import SaveResult
 from objectcache.slots import HostSlots
+from objectcache.staging import Numbers
 from objectcache.streamer import StageResult
 from objectcache.trace import PassTimes
 from objectcache.tracefile import keeps_traces
@@ -123,13 +124,10 @@ class WorkerHalf:
         limit_s = options.stage_timeout_ms / 1000 + STAGE_GRACE_S
         self._ahead = Ahead(self._copies, self._slots.progress, sizes, chunk_blocks, limit_s)
         self._failed_blocks: set[int] = set()
-        self._placed: dict[int, list[int]] = {}  # job -> slots to which its chunks come, or came
-        self._late = Late(
-            self._slots.progress,
-            len(self._pages),
-            options.late_timeout_ms / 1000,
-            self._hear,
-        )
+        self._placed: dict[int, Numbers] = {}  # job -> slots to which its chunks come, or came
+        late_s = options.late_timeout_ms / 1000
+        self._late = Late(self._slots.progress, len(self._pages), late_s, self._hear)
+        self._wire: Wire | None = None  # as it was last looked at
         self._told: Wire | None = None
         self._traced = keeps_traces(options.trace_path)
         self._pass: PassTimes | None = None
@@ -261,9 +259,11 @@ class WorkerHalf:
             self._commands.step = 0
             report.coming += self._coming()
         wire = self._mover.wire
-        if wire is not None and is_news(self._told, wire):
-            report.wires.append((self._layout.shard, wire))
-            self._told = wire
+        if wire is not self._wire:
+            self._wire = wire
+            if wire is not None and is_news(self._told, wire):
+                report.wires.append((self._layout.shard, wire))
+                self._told = wire
         return report if report != StepReport() else None
 
     def _coming(self) -> list[Coming]:
@@ -272,10 +272,10 @@ class WorkerHalf:
         for job, slots in self._placed.items():
             short = job in self._staged and len(self._staged[job].slots) < len(slots)
             if not short and job not in self._loading:
-                progress = self._slots.progress[slots]
-                ready = int(progress.min(initial=layers))
-                landed = int(np.maximum(progress, 0).sum(dtype=int))
-                found.append(Coming(job, len(slots), ready, landed))
+                # Each step asks, with numpy's code out of the cache: Python's own is faster for so few.
+                progress = self._slots.progress.take(slots).tolist()
+                landed = sum(have for have in progress if have > 0)
+                found.append(Coming(job, len(slots), min(progress, default=layers), landed))
         return found
 
     def stats(self) -> ObjectCacheStats | None:
@@ -331,7 +331,9 @@ class WorkerHalf:
     def _begin_ahead(self, load: LoadCommand) -> None:
         """Copy a job's blocks beside the steps, while its request is parked."""
         placed, staged = self._placed.pop(load.job, None), self._staged.pop(load.job, None)
-        slots = placed if load.coming else staged.slots if staged is not None else None
+        slots: list[int] | None = staged.slots if staged is not None else None
+        if load.coming:
+            slots = placed.tolist() if placed is not None else None
         assert slots is not None, "a job is loaded that is not there"
         skipped, chunks = self._chunks_of(load)
         self._ahead.begin(load.job, load.request_id, lying_at(slots[skipped:], chunks), skipped)
@@ -349,9 +351,10 @@ class WorkerHalf:
         skipped, chunks = self._chunks_of(load)
         # A KeyError is a bug: fail the step, not the tokens.
         if load.coming:
-            slots, staged = self._placed.pop(load.job), self._staged.pop(load.job, None)
+            placed, staged = self._placed.pop(load.job), self._staged.pop(load.job, None)
+            slots = placed.tolist()
             blocks = [block_ids for _, block_ids in chunks]
-            used = np.array(slots[skipped : skipped + len(chunks)], np.int64)
+            used = placed[skipped : skipped + len(chunks)]
             self._late.begin(LateLoad(load.job, used, blocks, skipped))
             if staged is not None:
                 self._late.ended(load.job, len(staged.slots))
@@ -405,7 +408,7 @@ class WorkerHalf:
                     self._reporter.warn("save chunks", event.error)
             elif isinstance(event, Placed):
                 if event.job not in self._given_up:
-                    self._placed[event.job] = event.slots
+                    self._placed[event.job] = np.array(event.slots, np.int64)
             elif isinstance(event, StageResult):
                 self._settle(event)
             else:

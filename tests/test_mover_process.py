@@ -9,13 +9,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from multiprocessing.connection import Pipe
 from pathlib import Path
 
 import pytest
 from fakes import LAYOUT, chunk_hash, eventually, sealed
+from fault_server import Fault, FaultProxy
 from hypothesis import given
 from hypothesis import strategies as st
+from sick_server_lab import proxy_fixture  # noqa: F401
 from worker_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     BLOCKS,
     LOAD_SLOTS,
@@ -215,6 +219,7 @@ def test_what_it_owed_fails_and_another_takes_over(
     worker = beside(workers, url, streams=True)
     worker.step(stages=[stage(1, 1, 2)])
     assert worker.staged(1) == Staged(1, 2)
+    assert worker.half._mover.counters.get_requests == 2
     kill(worker)
     # What it brought is in memory and whole.
     worker.step(stages=[stage(2, 3)], loads=[LoadCommand(1, 0, [20, 3, 11, 5])])
@@ -228,7 +233,7 @@ def test_what_it_owed_fails_and_another_takes_over(
     assert worker.quiet()
     assert "has ended with code -9" in caplog.text
 
-    job = 10
+    job, asked = 10, worker.half._mover.counters.get_requests
 
     def brought() -> bool:
         nonlocal job
@@ -244,6 +249,8 @@ def test_what_it_owed_fails_and_another_takes_over(
     assert eventually(brought, 10.0)
     assert same(worker.blocks([1, 2, 6, 7]), writer.blocks([4, 5, 6, 7]))
     assert worker.quiet()
+    asked_again = worker.half._mover.counters.get_requests
+    assert asked == 2 and asked_again == asked + 2, "each is counted once, whoever asked"
 
 
 def test_no_other_begins_while_slots_of_the_last_are_in_use(tmp_path: Path) -> None:
@@ -320,6 +327,51 @@ def test_no_collection_looks_at_its_libraries(tmp_path: Path) -> None:
         ours.close()
         process.kill()
         process.communicate()
+
+
+def test_what_was_asked_of_the_store_is_told_now_and_then(
+    workers: Workers, proxy: FaultProxy
+) -> None:
+    """Each word wakes a thread beside vLLM's. In an engine nothing but metrics waits for this."""
+    url, at = "s3://kvcache/now-and-then", {"endpoint_url": proxy.url}
+    layout = filled(workers, url, 6, **at).half._layout
+    ends_s = iter([0.15, 0.3, 0.45, 0.6, 0.75, 2.6])
+    proxy.fault = lambda request: (
+        Fault(bytes_per_s=int(layout.object_bytes / next(ends_s, 2.6)))
+        if request.method == "GET"
+        else None
+    )
+    slots = HostSlots(6, layout.object_bytes, pinned=False, shared=True)
+    assert slots.descriptor is not None
+    options = parse({"url": url, "chunk_tokens": 8, "hedge_percent": 0, **at})
+    ours, theirs = Pipe()
+    handed = (theirs.fileno(), slots.descriptor)
+    code = "import sys; from objectcache.mover_process import serve; serve(*map(int, sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *map(str, handed)], pass_fds=handed)
+    theirs.close()
+    try:
+        ours.send((Berth(options, layout, 6, range(6), 0), 20))
+        ours.send(("enter", SPACES["space-a"]))
+        ours.send(("stage", (1, [chunk_hash(number) for number in range(1, 7)])))
+        told, began = [ours.recv()], time.monotonic()
+        while not any(isinstance(event, StageResult) for event in told[-1].events):
+            assert ours.poll(10.0), "it says nothing"
+            told.append(ours.recv())
+        took_s = time.monotonic() - began
+    finally:
+        proxy.fault = None
+        ours.close()
+        process.kill()
+        process.wait()
+    assert len(told[-1].events[-1].slots) == 6
+    read = [state.counters.read_bytes // layout.object_bytes for state in told]
+    assert read[-1] == 6 and 5 in read[:-1], "nobody hears of it before all is there"
+    alone = [
+        after
+        for before, after in pairwise(told)
+        if after == replace(before, events=[], lines=[], counters=after.counters)
+    ]
+    assert len(alone) <= 1 + took_s, alone
 
 
 # ---- several of them

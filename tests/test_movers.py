@@ -1,6 +1,7 @@
 """Several movers as one: who brings what, and what is said once all have said theirs. One mover's commands: test_worker.py; processes: test_mover_process.py."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import pytest
 from fakes import chunk_hash
@@ -111,3 +112,21 @@ def test_sums_and_the_end_are_of_all() -> None:
     assert movers.wire == Wire(StoreModel(wire_bytes_per_s=3e9), 24)
     movers.close(0.0)
     assert all(one.commands == [("close", 0)] for one in told)
+
+
+def test_what_the_wire_gives_is_joined_again_only_when_one_has_news_of_it() -> None:
+    told = [Told(), Told()]
+    movers = Movers(told)
+    before = movers.wire
+    assert movers.wire is before
+    told[1].wire = Wire(StoreModel(wire_bytes_per_s=2e9), 8)
+    assert movers.wire == Wire(StoreModel(wire_bytes_per_s=3e9), 16)
+    told[0].wire = told[1].wire = None
+    assert movers.wire is None
+
+
+def test_all_that_is_counted_is_summed() -> None:
+    names = [field.name for field in fields(StoreCounters)]
+    one = StoreCounters(**{name: 1 << at for at, name in enumerate(names)})
+    two = StoreCounters(**dict.fromkeys(names, 3))
+    assert one + two == StoreCounters(**{name: 3 + (1 << at) for at, name in enumerate(names)})

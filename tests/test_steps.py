@@ -48,6 +48,22 @@ def test_a_pass_begins_when_it_is_scheduled_however_late_the_idle_steps_before_i
     assert one.compute.heard == [(1000, 0.6), (1, 0.007)]
 
 
+def test_all_that_a_step_computes_is_one_pass() -> None:
+    class Kept(Heard):
+        def timed(self, work: Work, seconds: float) -> None:
+            kept.append(work)
+
+    kept: list[Work] = []
+    one = timely()
+    one.compute = Kept()
+    work = {"a": (1, 500), "b": (100, 1000), "c": (1, 70), "d": (50, 0), "e": (1, 6)}
+    one.scheduled(1, work, 0.0)
+    one.scheduled(2, {"a": (1, 501), "c": (1, 71)}, 0.5)
+    for step in (1, 2):
+        one.stepped(step, False, float(step))
+    assert kept == [Work(1, 153, 100 * 1050 + 50 * 25, 576), Work(1, 2, 0.0, 572)]
+
+
 def test_a_pass_begins_behind_one_of_which_nothing_is_known() -> None:
     one = timely()
     one.scheduled(1, None, 10.0)
