@@ -243,9 +243,13 @@ class Loading:
         if tracked.mode == AT_ONCE or not self._beside:
             return False
         end = tracked.local_tokens + admission.claim(tracked.local_tokens)
-        chunks = -(-end // self._chunk_tokens) - tracked.local_tokens // self._chunk_tokens
+        chunks = self._chunks(tracked, end)
         found = self.timely.staged(tracked.request.num_tokens, end, chunks, now, self._beside)
         return found.ahead
+
+    def _chunks(self, tracked: Tracked, end_tokens: int) -> int:
+        """That are loaded of a prefix up to there."""
+        return -(-end_tokens // self._chunk_tokens) - tracked.local_tokens // self._chunk_tokens
 
     @property
     def idle(self) -> bool:
@@ -290,7 +294,8 @@ class Loading:
     def loads(self, tracked: Tracked, end_tokens: int) -> None:
         """It was admitted, and its prefix up to there is loaded in the step that computes on it."""
         if self.timely is not None:
-            self.timely.loads(tracked.request.num_tokens, end_tokens, tracked.asked_s)
+            chunks = self._chunks(tracked, end_tokens)
+            self.timely.loads(tracked.request.num_tokens, end_tokens, chunks, tracked.asked_s)
 
     def lands(self, tracked: Tracked) -> None:
         """It was admitted on its job before all of it was there; `reported` hears how that ends."""

@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from objectcache.arrival import Arrivals, Coming
 from objectcache.compute import ComputeModel, Costs, Estimate, Work, decodes, first_pass, prefill
@@ -27,9 +28,20 @@ from objectcache.wire import Wire, slowest
 STREAMS_MAX = 224  # requests of one prefix that are on their way at once, at most
 WIRE_BYTES_PER_S = 25e9  # of a fast card, until a wire was seen to be full
 STEPS_KEPT = 64
+# Of a step's time in which its loads cross the bus: behind less than that computing hides them.
+BUS_SHARE = 0.5
 # Of what is as often late as early, how late it is on the average, if early is as good as in time.
 CHANCE_SIGMAS = 0.4
 LATELY_S = 1.0  # in which it is seen at which rate a prefix comes
+
+
+class _Step(NamedTuple):
+    """A step that computes: its number, what, when it was scheduled, and for how long its loads have the bus."""
+
+    number: int
+    work: Work | None  # None: that is not known
+    at_s: float
+    copies_s: float
 
 
 @dataclass
@@ -83,7 +95,8 @@ class Timely:
         self.wire: Wire | None = None  # as the workers measured it; None until they read something
         self._wires: dict[int, Wire] = {}  # by shard
         self._jobs: dict[int, _Job] = {}
-        self._steps: deque[tuple[int, Work | None, float]] = deque(maxlen=STEPS_KEPT)
+        self._steps: deque[_Step] = deque(maxlen=STEPS_KEPT)
+        self._copies_s = 0.0  # of what the step that is scheduled next loads
         self._heard_at = 0.0
 
     def heard(self, shard: int, wire: Wire) -> None:
@@ -263,17 +276,18 @@ class Timely:
         """Until the steps that run now are expected to end."""
         if not self._steps:
             return 0.0
-        works = [work for _, work, _ in self._steps if work is not None]
+        works = [one.work for one in self._steps if one.work is not None]
         takes_s = sum(self.compute.seconds(work).mean_s for work in works)
-        return max(0.0, takes_s - (now - max(self._steps[0][2], self._heard_at)))
+        return max(0.0, takes_s - (now - max(self._steps[0].at_s, self._heard_at)))
 
     def scheduled(
         self, step: int, requests: Mapping[str, tuple[int, int]] | None, now: float
     ) -> None:
         """A step computes, of each request, so many tokens behind so many; None: that is not known."""
         self.lead.scheduled(step, now, self._is_quiet())
+        copies_s, self._copies_s = self._copies_s, 0.0
         if requests is None:
-            self._steps.append((step, None, now))
+            self._steps.append(_Step(step, None, now, copies_s))
             return
         work, decoding, read_tokens = Work(), 0, 0
         for tokens, context in requests.values():
@@ -285,30 +299,36 @@ class Timely:
         if decoding:
             work = work.beside(decodes(decoding, read_tokens))
         if work.tokens:
-            self._steps.append((step, work._replace(passes=1), now))
+            self._steps.append(_Step(step, work._replace(passes=1), now, copies_s))
 
-    def loads(self, prompt_tokens: int, loaded_tokens: int, asked_s: float) -> None:
-        """The step that is scheduled next loads, in it, what was asked for then. Of it these are the tokens."""
+    def loads(self, prompt_tokens: int, loaded_tokens: int, chunks: int, asked_s: float) -> None:
+        """The step that is scheduled next loads, in it, so many chunks that were asked for then. Of its
+        prompt these are the tokens."""
+        self._copies_s += chunks * sum(self._slice_bytes) / self._bus_bytes_per_s
         self.lead.asked(self._first_tokens(prompt_tokens, loaded_tokens), asked_s)
 
     def _is_quiet(self) -> bool:
         """Whether nothing runs but decodes. Behind a step that loads, or computes a prompt, a worker's host
         may be held up: the longer the more late layers it waits for."""
-        if self._steps and self._steps[0][0] <= self.lead.last_step:
+        if self._steps and self._steps[0].number <= self.lead.last_step:
             return False
-        return all(work is not None and not work.pairs for _, work, _ in self._steps)
+        return all(one.work is not None and not one.work.pairs for one in self._steps)
 
     def stepped(self, step: int, waited: bool, now: float) -> None:
-        """The results of a step are there. One that `waited` for layers, on any rank, is not timed.
+        """The results of a step are there. One that `waited` for layers, on any rank, is not timed, nor one
+        that may have waited for the bus: of a prefix that is nearly the whole prompt that takes several
+        times as long as computing the rest, and what was learned of it would be said of every pass.
 
         A step that computes nothing says nothing of when the next one began: with asynchronous scheduling
         its results are taken only when that one was given to the GPU.
         """
         computed = False
-        while self._steps and self._steps[0][0] <= step:
-            number, work, at = self._steps.popleft()
+        while self._steps and self._steps[0].number <= step:
+            one = self._steps.popleft()
             computed = True
-            if number == step and not waited and work is not None:
-                self.compute.timed(work, now - max(at, self._heard_at))
+            took_s = now - max(one.at_s, self._heard_at)
+            hidden = one.copies_s <= BUS_SHARE * took_s
+            if one.number == step and not waited and one.work is not None and hidden:
+                self.compute.timed(one.work, took_s)
         if computed:
             self._heard_at = now

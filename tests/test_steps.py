@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from objectcache.compute import ComputeModel, Costs, Estimate, Work
@@ -184,3 +185,33 @@ def test_how_long_a_step_takes_follows_from_what_is_left_of_those_it_computes() 
     # No more than a step may compute, however much is left, and of a prompt that is all computed its next token.
     assert one.step_s([(9000, 0), (9000, 0)]) == pytest.approx(0.005 + 0.4096)
     assert one.step_s([(0, 500)]) == one.step_s([(1, 500)])
+
+
+def test_a_step_that_the_bus_holds_up_is_no_measure_of_computing() -> None:
+    """Prompts that are nearly all in the store, between others: what is known of a pass stays what it takes."""
+    one, now = Timely([SLICE] * LAYERS, 4096), 10.0
+    truth = Costs(0.008, 2e-5, 8e-10, 0.0)
+    for step in range(1, 200):
+        tokens, context = ((256, 16000), (2000, 8000))[step % 2]
+        took_s = float(np.array(Work(1, tokens, tokens * (context + tokens / 2))) @ np.array(truth))
+        if tokens == 256:  # 0.5 GB of slices cross the bus at 40 GB/s
+            one.loads(context + tokens, context, 64 * 4, now)
+            took_s = max(took_s, 64 * 4 * LAYERS * SLICE / 40e9 + 0.002)
+        one.scheduled(step, {"a": (tokens, context)}, now)
+        one.stepped(step, False, now + took_s)
+        now += took_s + 0.001
+    known = one.compute.seconds(Work(1, 2000, 2000 * 9000.0))
+    assert known.mean_s == pytest.approx(0.008 + 0.04 + 0.0144, rel=0.05)
+    assert known.sigma_s < 0.2 * known.mean_s
+
+
+def test_a_step_whose_loads_hide_behind_computing_is_timed() -> None:
+    """Where all prompts load something, else nothing would be learned."""
+    for chunks, timed in ((0, True), (100, True), (2400, False)):
+        one = timely()
+        one.loads(4000, 3000, chunks, 10.0)
+        one.scheduled(1, PREFILL, 10.0)
+        one.stepped(1, False, 10.4)
+        one.scheduled(2, PREFILL, 10.4)  # which loads nothing
+        one.stepped(2, False, 10.8)
+        assert len(one.compute.heard) == 1 + timed
