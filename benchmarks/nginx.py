@@ -36,7 +36,7 @@ http {{
   uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
   default_type application/octet-stream;
   server {{
-    listen 127.0.0.1:{port} backlog=4096;
+    listen 127.0.0.1:{port} backlog=4096 reuseport;
     {tls}
     root {objects};
     {writes}
@@ -46,7 +46,7 @@ http {{
 """
 _WRITES_CONF = """client_max_body_size 0; client_body_buffer_size 64k;
     location / { dav_methods PUT DELETE; create_full_put_path on; dav_access user:rw; }"""
-_TLS_CONF = """listen 127.0.0.1:{tls_port} ssl backlog=4096;
+_TLS_CONF = """listen 127.0.0.1:{tls_port} ssl backlog=4096 reuseport;
     ssl_certificate {root}/server.pem; ssl_certificate_key {root}/server.key;
     ssl_protocols TLSv1.2 TLSv1.3; ssl_buffer_size 16k;"""
 

@@ -112,9 +112,6 @@ class Curve:
         connections = max(1.0, window.flowing_s / lasted_s)
         rate = window.body_bytes / window.flowing_s
         which = round(math.log2(connections))
-        for one, seen in self._seen.items():
-            if one != which:
-                seen.bytes_per_s *= 1 - FADE
         before = self._seen.setdefault(which, _Seen(connections, rate))
         weight = window.bodies / (window.bodies + LIKE)
         before.connections += (connections - before.connections) * weight

@@ -21,7 +21,6 @@ from objectcache.flow import StoreModel
 from objectcache.format import ObjectLayout
 
 SPARE = 1.25  # connections beyond those that fill the wire: some wait for a first byte
-WHOLE_RARELY = 256  # reads that might be split: one of so many at least goes whole
 _NORMAL = NormalDist()
 _P99 = _NORMAL.inv_cdf(0.99)
 
@@ -156,10 +155,9 @@ def goes_whole(number: int) -> bool:
     """Whether the read with this number, of those that are better split, from 1, asks for whole objects.
 
     Only that shows what a connection has among few: else parts that share a full wire look like parts of a
-    store with slow connections, and go on being asked for. The first, 4th, 16th, 64th and each 256th.
+    store with slow connections, and go on being asked for. The first, 4th, 16th, 64th and so on: where parts
+    are right each costs its request as much as they gain, and what it shows is remembered.
     """
-    if number >= WHOLE_RARELY:
-        return number % WHOLE_RARELY == 0
     return number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
 

@@ -206,12 +206,17 @@ def test_a_step_that_the_bus_holds_up_is_no_measure_of_computing() -> None:
 
 
 def test_a_step_whose_loads_hide_behind_computing_is_timed() -> None:
-    """Where all prompts load something, else nothing would be learned."""
-    for chunks, timed in ((0, True), (100, True), (2400, False)):
+    """Where all prompts load something, else nothing would be learned of long ones. In a short one the host
+    may be what takes the time."""
+    for chunks, took_s, timed in (
+        *((0, 0.4, True), (100, 0.4, True), (2400, 0.4, False)),
+        *((1, 0.05, False), (0, 0.05, True)),
+    ):
         one = timely()
-        one.loads(4000, 3000, chunks, 10.0)
+        if chunks:
+            one.loads(4000, 3000, chunks, 10.0)
         one.scheduled(1, PREFILL, 10.0)
-        one.stepped(1, False, 10.4)
-        one.scheduled(2, PREFILL, 10.4)  # which loads nothing
-        one.stepped(2, False, 10.8)
+        one.stepped(1, False, 10.0 + took_s)
+        one.scheduled(2, PREFILL, 11.0)  # which loads nothing
+        one.stepped(2, False, 11.05)
         assert len(one.compute.heard) == 1 + timed
