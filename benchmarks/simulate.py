@@ -14,6 +14,9 @@ modes
     One engine (8B on an H100), so many users who each send their next prompt when the last is
     answered: 4K to 64K tokens, hits of 0 to 100 %, 128 tokens out. Admit when staged, at once, just
     in time (with its margin, and without leave to be early), or compute everything.
+bursts
+    The prompts of admission.py (4K to 64K, 157K of 291K tokens in the store), by so many users who all
+    ask at once and again when all are answered; everything that is found is loaded.
 rules
     16 or 64 prompts at once, or two a second: who of them gets the wire; with all that is found
     loaded, and with load or recompute decided, which changes what is loaded with every rule.
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import results, simulate_report
+from benchmarks.admission_plan import MIX, RATIOS, Scene, asked, pool
 from benchmarks.simulated import S3, S3Law, Timeline
 from benchmarks.simulated_engine import Engine
 from benchmarks.simulated_paper import RULES, TABLE_A12, WORKLOADS, added_ms
@@ -59,6 +63,9 @@ MODES = {
     "just in time": {"mode": JUST_IN_TIME},
     "just in time, never early": {"mode": JUST_IN_TIME, "early": False},
 }
+BURST_MODES = ("staged", "at once", "just in time")
+BURST_RUNS, BURST_GAP_S = 6, 60.0  # in which all are answered
+BURST_RING_SLOTS = 416  # 13 GiB, as there
 LOADS = {"16 at once": (16, None), "64 at once": (64, None), "2 a second": (64, 2.0)}
 FLEET_ENGINES, FLEET_S, FLEET_PER_S = 1000, 10.0, 0.25
 BURST_EVERY_S, BURST_S, BURST_TIMES = 5.0, 0.5, 5.0
@@ -80,6 +87,8 @@ def cases(smoke: bool = False) -> Iterator[Case]:
         for gbps in WIRES_GBPS[-1:] if smoke else WIRES_GBPS:
             for system in MODES:
                 yield Case("modes", system, {"users": users, "gbps": gbps})
+            for system in BURST_MODES:
+                yield Case("bursts", system, {"users": users, "gbps": gbps})
     for load in LOADS:
         for gbps in (25, 100):
             for rule in ("ours", "equal", "calibrated", "in-order"):
@@ -105,6 +114,11 @@ def measure(case: Case, seed: int = 0) -> dict[str, Any]:
         return _averaged(
             [_closed(setting, about["users"], run) for run in range(seed, seed + RUNS)]
         )
+    if case.group == "bursts":
+        wire = about["gbps"] * GBPS
+        slots = {"ring_slots": BURST_RING_SLOTS, "lookup_s": 0.1}
+        setting = Setting(wire_bytes_per_s=wire, split=False, **slots, **MODES[case.system])
+        return _bursts(setting, about["users"], seed)
     if case.group == "rules":
         wire = about["gbps"] * GBPS
         split = about["loads"] == "decided"
@@ -148,6 +162,22 @@ def _open(setting: Setting, count: int, per_s: float | None, seed: int) -> dict[
         for number in range(count):
             at_s += chance.expovariate(per_s) if per_s else 0.0
             engine.arrive(_prompt(number, at_s, chance, 64))
+        line.run()
+        told.append(_told([engine], s3, line.now))
+    return _averaged(told)
+
+
+def _bursts(setting: Setting, users: int, seed: int) -> dict[str, Any]:
+    told = []
+    for run in range(seed, seed + BURST_RUNS):
+        line = Timeline()
+        s3 = S3(line, ALONE, run)
+        engine = Engine(line, s3, setting, run)
+        prompts = pool(MIX, RATIOS)
+        for number, at in enumerate(asked(prompts, Scene(users, 0.0))):
+            one, begins_s = prompts[at], number // users * BURST_GAP_S
+            hit = one.hit_tokens // CHUNK_TOKENS
+            engine.arrive(Request(number, begins_s, one.context_tokens, hit, 48))
         line.run()
         told.append(_told([engine], s3, line.now))
     return _averaged(told)

@@ -7,7 +7,7 @@ from typing import Any
 from benchmarks.results import latest, read
 
 Line = dict[str, Any]
-GROUPS = ("paper", "modes", "rules", "fleet")
+GROUPS = ("paper", "modes", "bursts", "rules", "fleet")
 
 
 def write(folder: Path) -> None:
@@ -21,7 +21,8 @@ def write(folder: Path) -> None:
         "",
         "![added time and time to the first token](simulate.svg)",
         *_paper(found["paper"]),
-        *_modes(found["modes"]),
+        *_modes(found["modes"], "on one engine"),
+        *_modes(found["bursts"], "who ask at once"),
         *_rules(found["rules"]),
         *_fleet(found["fleet"]),
     ]
@@ -51,12 +52,10 @@ def _off(told: dict[str, Any]) -> str:
     return f" ({100 * (told['added_ms'] / told['printed_ms'] - 1):+.0f} %)"
 
 
-def _modes(lines: list[Line]) -> Iterator[str]:
+def _modes(lines: list[Line], how: str) -> Iterator[str]:
     wires = sorted({one["case"]["gbps"] for one in lines})
     for users in sorted({one["case"]["users"] for one in lines}):
-        yield from _title(
-            f"{users} users on one engine: TTFT mean, p50 / p99, s; TPOT mean, p99, ms"
-        )
+        yield from _title(f"{users} users {how}: TTFT mean, p50 / p99, s; TPOT mean, p99, ms")
 
         def cell(system: str, gbps: int, users: int = users) -> str:
             told = _find(lines, system, users=users, gbps=gbps)
