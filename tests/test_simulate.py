@@ -120,7 +120,7 @@ def test_a_smoke_of_every_group_is_the_same_twice_and_makes_a_report(tmp_path: P
     for case in cases(smoke=True):
         if case.group != "paper" and case.system in ("just in time", "ours"):
             few.setdefault(case.group, case)
-    assert set(few) == {"modes", "rules", "fleet"}
+    assert set(few) == {"modes", "bursts", "rules", "fleet"}
     once = {group: measure(case) for group, case in few.items() if group != "modes"}
     assert once == {group: measure(case) for group, case in few.items() if group != "modes"}
     for case in cases(smoke=True):
@@ -141,5 +141,5 @@ def test_a_smoke_of_every_group_is_the_same_twice_and_makes_a_report(tmp_path: P
     assert read(tmp_path / "simulate-fleet.jsonl")
     write(tmp_path)
     text = (tmp_path / "simulate.md").read_text()
-    assert "| ours |" in text and "engines on one bucket" in text
+    assert "| ours |" in text and "engines on one bucket" in text and "who ask at once" in text
     assert (tmp_path / "simulate.svg").stat().st_size > 1000
