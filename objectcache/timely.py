@@ -174,6 +174,9 @@ class Timely:
         least = 0 if mode == JUST_IN_TIME and lead.mean_s else 1
         if found is None or found.ready < least:
             return None
+        behind = self._behind(now)
+        if behind.mean_s > lead.mean_s:
+            lead = behind
         asks = (0.0, 0) if alone else (next_ask_s, others)
         when = self._moment(found, prompt_tokens, loaded_tokens, now, mode, lead, alone, asks)
         if mode != JUST_IN_TIME or not beside:
@@ -281,6 +284,16 @@ class Timely:
         works = [one.work for one in self._steps if one.work is not None]
         takes_s = sum(self.compute.seconds(work).mean_s for work in works)
         return max(0.0, takes_s - (now - max(self._steps[0].at_s, self._heard_at)))
+
+    def _behind(self, now: float) -> Estimate:
+        """Until the step that is put together now can begin: with asynchronous scheduling the GPU still
+        computes the one before it. If more are under way, it is longer."""
+        before = self._steps[-1] if self._steps else None
+        if before is None or before.work is None:
+            return NO_LEAD
+        takes = self.compute.seconds(before.work)
+        ran_s = now - max(before.at_s, self._heard_at)
+        return Estimate(max(0.0, takes.mean_s - ran_s), takes.sigma_s)
 
     def scheduled(
         self, step: int, requests: Mapping[str, tuple[int, int]] | None, now: float

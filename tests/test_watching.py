@@ -107,11 +107,13 @@ class Scene:
         self.loading.watch(self.one, self.admission, now)
         return self.admission.phase is Phase.READY
 
-    def admitted_at(self, scheduled: dict[str, int]) -> float:
-        """When it is let go, if each step computes this."""
+    def admitted_at(self, scheduled: dict[str, int], heard: bool = True) -> float:
+        """When it is let go, if each step computes this and has ended when the next is put together."""
         for hundredth in range(1, 100):
             now = hundredth / 100
-            self.loading.scheduled(scheduled, now)
+            step = self.loading.scheduled(scheduled, now)
+            if heard:
+                self.loading.reported(StepReport(steps=[(step, False)] * self.timely.ranks), now)
             self.bring(now)
             if self.is_let_go(now):
                 return now
@@ -138,6 +140,27 @@ def test_who_would_wait_for_a_long_step_is_let_go_before_its_time_if_that_costs_
     quick = Scene(kind=Quick)
     quick.crowd(1)
     assert at[1] + 0.03 <= at[100] < quick.admitted_at({"other 0": 1}), at
+
+
+def test_what_the_gpu_still_computes_is_a_lead() -> None:
+    """Steps of 0.4 s, put together one ahead: the next one begins so much later than it is asked for."""
+    at = {}
+    for heard in (True, False):
+        scene = Scene()
+        scene.crowd(100)
+        at[heard] = scene.admitted_at({"other 0": 1}, heard)
+    assert 0.1 <= at[False] <= 0.3 and at[True] >= 0.4, at
+
+
+def test_a_step_of_which_nothing_is_known_is_no_lead_nor_one_that_has_run_its_time() -> None:
+    known = {"a": (1, 499)}
+    for step, ran_s, due in ((None, 0.0, False), (known, 0.0, True), (known, 0.6, False)):
+        scene = Scene()
+        for hundredth in range(1, 31):
+            scene.bring(hundredth / 100)
+        scene.timely.scheduled(1, step, 0.3 - ran_s)
+        found = scene.timely.when(1, 4000, CHUNKS * CHUNK, 0.3)
+        assert found is not None and found.due(0.3) == due, (step, ran_s)
 
 
 def test_nobody_is_alone_beside_work_of_which_nothing_is_known() -> None:
