@@ -221,7 +221,7 @@ class _Check:
             self.settle()
             if self.full_replays > before:
                 break
-        parked_now = self.parked
+        parked_now, replays = self.parked, self.full_replays
         base = self._joined(prompt, others, warm["first_step"][0])
         full = self.case.get("graphs", "FULL").startswith("FULL") and self.cuda
         # There it is chance whether the prompt's last token meets nothing but decodes.
@@ -229,10 +229,11 @@ class _Check:
         full &= "max_num_batched_tokens" not in self.case
         return {
             "decode_batch_hit": warm["cached"][0] == base["cached"][0] == 4 * CHUNK,
+            "decode_batch_same_step": warm["first_step"] == base["first_step"],
             "decode_batch_equal": warm["tokens"] == base["tokens"],
             "decode_batch_pages": warm["pages"][0] == pages,
             "decode_batch_full_graph": not full
-            or self.full_replays > before
+            or replays > before
             or bool(self.case.get("ring_mib"))
             or bool(self.case.get("ahead")),
             "decode_batch_parked": parked_now > parked or not self.case.get("ahead"),

@@ -205,11 +205,14 @@ class Engine:
         self._asks_at = min(self._asks_at, now + wait_s)
         if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
             return False
-        if found.at_s > now + next_ask_s:
+        alone = not self._decoding and not self._prefilling
+        if not alone and found.at_s > now + next_ask_s:
             return False  # there is time to ask again
-        stall_s = moment.stall_s(now, arrivals.later_s(CHANCE_SIGMAS), layer_s.mean_s, copy_s)
+        come_s = arrivals.mean_s if alone else arrivals.later_s(CHANCE_SIGMAS)
+        stall_s = moment.stall_s(now, come_s, layer_s.mean_s, copy_s)
         others = len(self._decoding) + len(self._prefilling) + len(self._queue) - 1
-        return moment.early(found, now, stall_s, next_ask_s, others)
+        asks = (0.0, 0) if alone else (next_ask_s, others)
+        return moment.early(found, now, stall_s, *asks)
 
     def _gives_up(self, request: Request, found: moment.Moment) -> bool:
         """Computes all of it, if that is sooner now; its requests under way end for nothing."""

@@ -16,7 +16,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-from objectcache.curve import TELLING_BYTES, Curve
+from objectcache.curve import FORGOTTEN, TELLING_BYTES, Curve
 
 # Many engines may start at once; three doublings from what a large store rewards. Where one doubling is all
 # that there may be (a process that is one of several), it begins with that: a chunk that has to wait for
@@ -107,7 +107,7 @@ class Flow:
         self._first_bytes_s: deque[float] = deque(maxlen=SAMPLES)
         self._telling = (0.0, 0.0)  # bytes and seconds of late bodies, fading
         self._connection_best = self._wire_best = 0.0
-        self._wire_met = False
+        self._wire_met, self._met_in = False, 0  # the curve's window in which that was seen last
         self._curve = Curve()
 
     def limit(self, now: float) -> int:
@@ -127,6 +127,8 @@ class Flow:
     def ended(self, now: float) -> None:
         self._count(now, -1)
         self._curve.ended(now)
+        if self._wire_met and self._curve.windows > self._met_in + FORGOTTEN:
+            self._wire_met, self._wire_best = False, 0.0  # it may have been others' doing
 
     def arrived(
         self, now: float, body_bytes: int, first_byte_s: float | None, seconds: float
@@ -178,7 +180,7 @@ class Flow:
     def model(self) -> StoreModel:
         prior = StoreModel()
         times = sorted(self._first_bytes_s)
-        connection = max(self._connection_best, self._curve.connection_bytes_per_s)
+        connection = self._curve.connection_bytes_per_s or self._connection_best
         connection = connection or prior.connection_bytes_per_s
         # The curve knows the wire of who never had the limit in use.
         wire = self._wire_best if self._wire_met else self._curve.wire_bytes_per_s
@@ -275,6 +277,7 @@ class Flow:
             known.first_byte_s += (seen.first_byte_s - known.first_byte_s) / 4
         known.bytes_per_s += (seen.bytes_per_s - known.bytes_per_s) / 4
         self._wire_best = max(known.bytes_per_s, self._wire_best * (1 - FADE_ROUNDS))
+        self._met_in = self._curve.windows
 
     def _look(self, seen: _Seen, step: float) -> None:
         """The store has changed: a trial at once."""
@@ -340,7 +343,7 @@ class Flow:
         return late_bytes < FULL_SHARE * self._connection_best * late_s
 
     def _meet_wire(self, known: _Seen) -> None:
-        self._wire_met = True
+        self._wire_met, self._met_in = True, self._curve.windows
         self._wire_best = max(known.bytes_per_s, self._wire_best)
 
     def _turn(self) -> None:

@@ -266,7 +266,8 @@ class Loading:
         """How long the step that vLLM puts together is expected to take: who is not in it is asked for
         behind it. 0.0 if there is work of which nothing is known."""
         if self._asks_s is None:
-            each = [one.request for one in self._running()] if self._known else []
+            # Of those that are admitted who has a job waits until it has ended.
+            each = [one.request for one in self._running() if self._known and one.job is None]
             left = [(r.num_tokens - r.num_computed_tokens, r.num_computed_tokens) for r in each]
             self._asks_s = timely.step_s(left)
         return self._asks_s

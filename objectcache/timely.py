@@ -5,7 +5,7 @@ Events and `now` (seconds, one clock) in, a moment out; no I/O.
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -267,15 +267,25 @@ class Timely:
     def step_s(self, left: Sequence[tuple[int, int]]) -> float:
         """How long a step is expected to take that computes these requests' next tokens: so many are left,
         behind so many."""
-        budget, work = self.pass_tokens, Work()
+        budget, takes = self.pass_tokens, []
         for tokens, context in left:
-            takes = min(max(1, tokens), budget)
-            if not takes:
-                break
-            budget -= takes
-            one = prefill(takes, context, self.pass_tokens) if takes > 1 else decodes(1, context)
-            work = work.beside(one)
-        return self.compute.seconds(work._replace(passes=1)).mean_s if work.tokens else 0.0
+            takes.append((min(max(1, tokens), budget), context))
+            budget -= takes[-1][0]
+        work = self._work(takes)
+        return self.compute.seconds(work).mean_s if work.tokens else 0.0
+
+    def _work(self, each: Iterable[tuple[int, int]]) -> Work:
+        """Of one pass that computes, of each request, so many tokens behind so many."""
+        work, decoding, read_tokens = Work(), 0, 0
+        for tokens, context in each:
+            if tokens > 1:
+                work = work.beside(prefill(tokens, context, self.pass_tokens))
+            elif tokens:
+                decoding += 1
+                read_tokens += context
+        if decoding:
+            work = work.beside(decodes(decoding, read_tokens))
+        return work._replace(passes=1)
 
     def busy_s(self, now: float) -> float:
         """Until the steps that run now are expected to end."""
@@ -304,17 +314,9 @@ class Timely:
         if requests is None:
             self._steps.append(_Step(step, None, now, copies_s))
             return
-        work, decoding, read_tokens = Work(), 0, 0
-        for tokens, context in requests.values():
-            if tokens > 1:
-                work = work.beside(prefill(tokens, context, self.pass_tokens))
-            else:
-                decoding += 1
-                read_tokens += context
-        if decoding:
-            work = work.beside(decodes(decoding, read_tokens))
+        work = self._work(requests.values())
         if work.tokens:
-            self._steps.append(_Step(step, work._replace(passes=1), now, copies_s))
+            self._steps.append(_Step(step, work, now, copies_s))
 
     def loads(self, prompt_tokens: int, loaded_tokens: int, chunks: int, asked_s: float) -> None:
         """The step that is scheduled next loads, in it, so many chunks that were asked for then. Of its
@@ -342,10 +344,15 @@ class Timely:
             one = self._steps.popleft()
             computed = True
             took_s = now - max(one.at_s, self._heard_at)
-            hidden = not one.copies_s or (
-                took_s >= LOADED_LEAST_S and one.copies_s <= BUS_SHARE * took_s
-            )
-            if one.number == step and not waited and one.work is not None and hidden:
+            if one.number == step and not waited and one.work is not None and self._hides(one):
                 self.compute.timed(one.work, took_s)
         if computed:
             self._heard_at = now
+
+    def _hides(self, step: _Step) -> bool:
+        """Whether what a step loads is expected to hide behind what it computes. By what it took, the loads
+        that were held up would be chosen."""
+        if not step.copies_s or step.work is None:
+            return True
+        computes_s = self.compute.seconds(step.work).mean_s
+        return computes_s >= LOADED_LEAST_S and step.copies_s <= BUS_SHARE * computes_s

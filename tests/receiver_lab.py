@@ -65,9 +65,7 @@ class Stream:
         marks: list[int],
         landed: Callable[[int], None] | None = None,
         pair: Callable[[], tuple[socket.socket, socket.socket]] = socket.socketpair,
-        before: int = 0,
     ) -> None:
-        self.before = before
         self.memory = bytearray(size)
         self.body = os.urandom(size)
         self.seen: list[int] = []
@@ -82,7 +80,7 @@ class Stream:
 
     def accept(self, head: Head) -> Sink | None:
         self.heads.append(head)
-        return Sink(memoryview(self.memory), self.marks, self.landed, self.before)
+        return Sink(memoryview(self.memory), self.marks, self.landed)
 
     def landed(self, n: int) -> None:
         assert self.memory[:n] == self.body[:n]

@@ -142,6 +142,25 @@ def test_who_would_wait_for_a_long_step_is_let_go_before_its_time_if_that_costs_
     assert at[1] + 0.03 <= at[100] < quick.admitted_at({"other 0": 1}), at
 
 
+class Long(Timely):
+    """Steps take long if a prompt is computed in them."""
+
+    def step_s(self, left: Sequence[tuple[int, int]]) -> float:
+        return 0.4 if any(tokens > 1 for tokens, _ in left) else 0.005
+
+
+def test_who_is_parked_makes_no_step_long() -> None:
+    """Until its prefix is there it computes nothing, however much it will."""
+    at = {}
+    for parked, tokens in ((False, 500), (True, 4000), (False, 4000)):
+        scene = Scene(kind=Long)
+        scene.crowd(1)
+        other = scene.has("b", tokens, 499)
+        other.admitted, other.job = True, 7 if parked else None
+        at[parked, tokens] = scene.admitted_at({"other 0": 1})
+    assert at[True, 4000] == at[False, 500] > at[False, 4000], at
+
+
 def test_what_the_gpu_still_computes_is_a_lead() -> None:
     """Steps of 0.4 s, put together one ahead: the next one begins so much later than it is asked for."""
     at = {}

@@ -44,15 +44,11 @@ class End(enum.Enum):
 
 @dataclass(slots=True)
 class Sink:
-    """Where a body goes: exactly len(view) bytes. `landed(n)`: view[:n] is final, marks as in Store.read.
-
-    So many bytes of its object come `before` it: of bodies that wait to be received, those go first whose
-    next bytes lie furthest to the front."""
+    """Where a body goes: exactly len(view) bytes. `landed(n)`: view[:n] is final, marks as in Store.read."""
 
     view: memoryview
     marks: Sequence[int] = ()
     landed: Callable[[int], None] | None = None
-    before: int = 0
 
 
 class Exchange:
@@ -83,9 +79,6 @@ class Exchange:
         self.body = False  # the head is there and `view` is being filled
         self.stops: tuple[int, ...] = ()
         self.level = 0  # stops passed
-        self.before = self.reached = (
-            0  # bytes of the object: before the body, and up to its latest stop
-        )
         self.stop = 0
         self.low_water = 1
         self.keep = False
@@ -291,8 +284,8 @@ class _Crew:
             else:
                 self._step(self._advance, exchange, now)
         if ready:
-            lowest = min([exchange.reached for exchange in ready])
-            least = [exchange for exchange in ready if exchange.reached == lowest]
+            lowest = min([exchange.level for exchange in ready])
+            least = [exchange for exchange in ready if exchange.level == lowest]
             for exchange in least[:FILLS]:
                 self._step(self._fill, exchange, now)
         if called:
@@ -396,7 +389,6 @@ class _Crew:
         exchange.have = len(first)
         exchange.stops = stops_of(tuple(sink.marks), size)
         exchange.stop = exchange.stops[0]
-        exchange.before = exchange.reached = sink.before
         exchange.body = True
         self._heed(exchange)
 
@@ -427,7 +419,6 @@ class _Crew:
         while exchange.level < len(exchange.stops) and (
             exchange.stops[exchange.level] <= exchange.have
         ):
-            exchange.reached = exchange.before + exchange.stops[exchange.level]
             exchange.level += 1
         if exchange.landed is not None:
             exchange.landed(exchange.have)

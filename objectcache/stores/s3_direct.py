@@ -140,8 +140,7 @@ class _Answer(_Told):
         fill.etag = fill.etag or head.etag
         marks = [mark - self._base for mark in self.read.marks if mark > self._base]
         self._mine = True
-        before = fill.first + self._base
-        return Sink(fill.into[self._base :], marks, self._landed, before)
+        return Sink(fill.into[self._base :], marks, self._landed)
 
     def _error_sink(self, head: Head) -> Sink | None:
         if head.status not in _JUDGED and head.status < 500:
