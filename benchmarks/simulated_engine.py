@@ -33,8 +33,8 @@ from objectcache.plan import Plan
 from objectcache.timely import CHANCE_SIGMAS
 
 RETRY_S = 0.1  # after a refusal; doubles to 2 s, and a random part of it
-ASK_S = 0.002  # between two questions of an engine that has nothing else to do,
-ASK_MOST_S = 0.05  # and with more time left, a quarter of it, at most so long
+# Between two questions of an engine that has nothing else to do, and with more time left, at most a quarter of it.
+ASK_S, ASK_MOST_S = 0.002, 0.05
 RESHARE_S, REFUSED_LATELY_S = 0.005, 5.0
 GPU_NOISE = 0.03
 BEYOND_BYTES_PER_S = 0.625e9  # 5 Gbps, of the calibrated rule
@@ -205,13 +205,12 @@ class Engine:
         self._asks_at = min(self._asks_at, now + wait_s)
         if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
             return False
-        alone = not self._decoding and not self._prefilling
-        if not alone and found.at_s > now + next_ask_s:
+        running = len(self._decoding) + len(self._prefilling)
+        if running and found.at_s > now + next_ask_s:
             return False  # there is time to ask again
-        come_s = arrivals.mean_s if alone else arrivals.later_s(CHANCE_SIGMAS)
+        come_s = arrivals.later_s(CHANCE_SIGMAS if running else 0.0)
         stall_s = moment.stall_s(now, come_s, layer_s.mean_s, copy_s)
-        others = len(self._decoding) + len(self._prefilling) + len(self._queue) - 1
-        asks = (0.0, 0) if alone else (next_ask_s, others)
+        asks = (next_ask_s, running + len(self._queue) - 1) if running else (0.0, 0)
         return moment.early(found, now, stall_s, *asks)
 
     def _gives_up(self, request: Request, found: moment.Moment) -> bool:
