@@ -1,9 +1,8 @@
 """An engine as vLLM runs it, on a simulated GPU and wire, with the package's own decisions about each prefix. For simulate.py.
 
-Steps of at most `pass_tokens`: every running sequence gets a token, then prompts get what is left, in
-the order of arrival, those whose prefix is not to be used yet left out. A step that loads a prefix
-computes layer after layer and waits for those that are not there. Not modelled: preemption, the
-lookup (it takes a fixed time), hedges and timeouts; failed requests other than refused ones.
+Steps of at most `pass_tokens`: every running sequence gets a token, then prompts get what is left, in the order of
+arrival, those whose prefix is not to be used yet left out. A step that loads a prefix computes layer after layer and
+waits for those that are not there. Not modelled: preemption, the lookup (it takes a fixed time), hedges, timeouts.
 """
 
 import math
@@ -206,12 +205,11 @@ class Engine:
         if self._setting.mode != moment.JUST_IN_TIME or not self._setting.early:
             return False
         running = len(self._decoding) + len(self._prefilling)
-        if running and found.at_s > now + next_ask_s:
-            return False  # there is time to ask again
         come_s = arrivals.later_s(CHANCE_SIGMAS if running else 0.0)
         stall_s = moment.stall_s(now, come_s, layer_s.mean_s, copy_s)
         asks = (next_ask_s, running + len(self._queue) - 1) if running else (0.0, 0)
-        return moment.early(found, now, stall_s, *asks)
+        missed = not running or found.at_s <= now + next_ask_s  # or there is time to ask again
+        return missed and moment.early(found, now, stall_s, *asks)
 
     def _gives_up(self, request: Request, found: moment.Moment) -> bool:
         """Computes all of it, if that is sooner now; its requests under way end for nothing."""
