@@ -2,7 +2,7 @@
 
 Steps of at most `pass_tokens`: every running sequence gets a token, then prompts get what is left, in the order of
 arrival, those whose prefix is not to be used yet left out. A step that loads a prefix computes layer after layer and
-waits for those that are not there. Not modelled: preemption, the lookup (it takes a fixed time), hedges, timeouts.
+waits for those that are not there. Not modelled: preemption, lookups (a fixed time), hedges, timeouts, failures but refusals.
 """
 
 import math

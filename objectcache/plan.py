@@ -156,7 +156,7 @@ def goes_whole(number: int) -> bool:
 
     Only that shows what a connection has among few: else parts that share a full wire look like parts of a
     store with slow connections, and go on being asked for. The first, 4th, 16th, 64th and so on: where parts
-    are right each costs its request as much as they gain, and what it shows is remembered.
+    are right each costs its request as much as they gain.
     """
     return number & (number - 1) == 0 and number.bit_length() % 2 == 1
 
