@@ -87,7 +87,7 @@ class Options:
         "staged",
         "When a prompt is admitted whose prefix is on its way: `staged`, when all of it lies verified in "
         "host memory, `just-in-time`, when the layers still missing will be there before they are "
-        "needed (alone on the GPU it may stall up to 50 ms), or `at-once`, when its first layer is there; the steps then wait for the others, and all "
+        "needed (who is alone on the GPU, or would else wait for a long step, may stall up to 50 ms), or `at-once`, when its first layer is there; the steps then wait for the others, and all "
         "running requests with them. The last two need vLLM's `kv_load_failure_policy` to be `fail`: a "
         "request of which a layer then does not come ends with an error. With `at-once` let "
         "`late_timeout_ms` exceed the longest load. A request may ask for one that is as patient as this or "

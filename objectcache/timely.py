@@ -166,9 +166,9 @@ class Timely:
         """When to admit a prompt whose first `loaded_tokens` will then be loaded; None while it is not
         known that all of its chunks are right: by their first layers; or, where a lead is known in which
         those come, by their headers. While it is `alone` on the GPU a short stall is nobody's
-        loss: its pass ends no later for having begun too early. Else it is one of the `others`, who are
-        weighed against what it loses if one can not ask again for `next_ask_s`: behind a long prompt that
-        is a long step. With others `beside` it the bus may be a loss as well."""
+        loss: its pass ends no later for having begun too early. Else what it costs the `others`, who wait
+        as well, is weighed against what it loses if one can not ask again for `next_ask_s`: beside a long
+        prompt that is a long step. With others `beside` it the bus may be a loss as well."""
         found = self._jobs.get(job)
         lead = self.lead.seconds(self._first_tokens(prompt_tokens, loaded_tokens))
         least = 0 if mode == JUST_IN_TIME and lead.mean_s else 1

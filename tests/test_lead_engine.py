@@ -17,6 +17,7 @@ from timely_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     model_fixture,
     proxy_fixture,
     want_fixture,
+    warm,
 )
 from toy_engine import ToyEngine, prompt
 
@@ -40,10 +41,7 @@ class Prepares(ToyEngine):
 def test_workers_report_when_they_need_a_first_layer_and_it_is_counted_on(
     engine: Engines, proxy: FaultProxy, tmp_path: Path, ranks: int, want: list[list[int]]
 ) -> None:
-    if ranks == 2:
-        warm = engine(ranks=2, admission="staged")
-        warm.generate(PROMPT)
-        warm.settle()
+    warm(engine, ranks)
     one = engine(kind=Prepares, ranks=ranks)
     one.generate(prompt(400, seed=8))  # computed: it tells nothing
     lead = one.connector._scheduler.loading.timely.lead
@@ -92,10 +90,7 @@ def test_a_request_may_be_let_go_when_all_headers_are_there_and_no_layer(
     engine: Engines, proxy: FaultProxy, tmp_path: Path, ranks: int, want: list[list[int]]
 ) -> None:
     """The toy raises on a wrong row: it waits for the first layer as for any other."""
-    if ranks == 2:
-        warm = engine(ranks=2, admission="staged")
-        warm.generate(PROMPT)
-        warm.settle()
+    warm(engine, ranks)
     path = tmp_path / "trace.jsonl"
     one = engine(ranks=ranks, trace_path=str(path))
     loading, slices = one.connector._scheduler.loading, one.workers[0].connector._worker.slice_bytes

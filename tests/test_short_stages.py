@@ -77,12 +77,15 @@ def test_a_chunk_that_failed_is_told_before_its_job_has_ended(
     held = reader.half._mover = Holds(reader.half._mover)
     reader.step(stages=[stage(1, 1, 2)], step=1)
 
+    # All layers of the other chunk, and none less for the one that failed.
+    word = Coming(1, 2, FAILED, 3)
+
     def told() -> bool:
         reader.step(step=2)
-        return any(coming.failed for coming in reader.reports.coming)
+        return word in reader.reports.coming
 
-    assert eventually(told)
-    assert not reader.reports.staged and Coming(1, 2, FAILED, 3).failed
+    assert eventually(told), reader.reports.coming
+    assert not reader.reports.staged and word.failed
     held.quiet = False
     assert reader.staged(1).chunks == 1
     reader.step(releases=[1])

@@ -23,6 +23,7 @@ from timely_lab import (  # noqa: F401 (pytest looks for the fixtures here)
     model_fixture,
     proxy_fixture,
     want_fixture,
+    warm,
 )
 from toy_engine import ToyEngine, prompt
 from vllm.v1.request import RequestStatus
@@ -89,10 +90,7 @@ def test_what_was_due_waits_again_when_workers_tell_of_a_chunk_that_failed(
 def test_a_step_waits_for_layers_that_are_late(
     engine: Engines, proxy: FaultProxy, want: list[list[int]], ranks: int
 ) -> None:
-    if ranks == 2:
-        warm = engine(ranks=2, admission="staged")
-        warm.generate(PROMPT)
-        warm.settle()
+    warm(engine, ranks)
     one = at_once(engine(ranks=ranks))
     proxy.fault = get_is(replace(SLOW, bytes_per_s=100_000))  # slower than a busy machine computes
     name = one.add(PROMPT)
@@ -107,10 +105,7 @@ def test_a_step_waits_for_layers_that_are_late(
 def test_a_request_computes_while_its_last_layers_come(
     engine: Engines, proxy: FaultProxy, want: list[list[int]], hooks_fire: bool, ranks: int
 ) -> None:
-    if ranks == 2:
-        warm = engine(ranks=2, admission="staged")
-        warm.generate(PROMPT)
-        warm.settle()
+    warm(engine, ranks)
     one = engine(hooks_fire=hooks_fire, ranks=ranks)
     proxy.fault = get_is(SLOW)
     name = one.add(PROMPT)

@@ -81,3 +81,11 @@ def want_fixture(model: Path, proxy: FaultProxy) -> list[list[int]]:
 
 def get_is(fault: Fault) -> Callable[[Request], Fault | None]:
     return lambda request: fault if request.method == "GET" else None
+
+
+def warm(engine: Engines, ranks: int) -> None:
+    """Each rank has a shard of its own: `want` has filled the bucket for one."""
+    if ranks > 1:
+        one = engine(ranks=ranks, admission="staged")
+        one.generate(PROMPT)
+        one.settle()
